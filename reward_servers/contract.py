@@ -1,0 +1,43 @@
+"""What a reward server is asked and what it answers. Images are uint8 [H, W, 3] RGB arrays, never re-encoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DetectedObject:
+    """One object in an image.
+
+    Attributes:
+        name: label, lower case.
+        score: detection confidence in [0, 1].
+        box: x0, y0, x1, y1 in pixels of the image that was sent.
+        mask_area: share of the image that the mask covers, in [0, 1].
+    """
+
+    name: str
+    score: float
+    box: tuple[float, float, float, float]
+    mask_area: float
+
+
+@dataclass(frozen=True)
+class Detection:
+    """Answer of ``grounded_sam``: every object kept after NMS, and the names of the main ones."""
+
+    objects: tuple[DetectedObject, ...]
+    main: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The visual expert's scores of one image of a group, 0 (worst) to 10 (best)."""
+
+    quality: float
+    realism: float
+    consistency: float
+
+
+class RewardServerError(RuntimeError):
+    """A server could not give a usable answer; the message says why."""

@@ -1,0 +1,1 @@
+"""The decoder: Chameleon's architecture on Llama's implementation."""

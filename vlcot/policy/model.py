@@ -1,0 +1,118 @@
+"""The policy for training and reference sampling (transformers).
+
+Parameter names are those of Chameleon checkpoints: ``model.layers.N.self_attn.{q,k}_norm.{weight,bias}``
+beside Llama's. The head can give token log-probs without ever holding logits of the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.models.llama import modeling_llama as llama
+
+from vlcot.policy.config import VlcotConfig
+from vlcot.policy.logprobs import SupportTable, support_logprobs
+
+QK_NORM_EPS = 1e-5
+
+
+class HeadNorm(nn.Module):
+    """LayerNorm over ``head_dim`` with an affine transform per head. Input [..., heads, head_dim]."""
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads, head_dim))
+        self.bias = nn.Parameter(torch.zeros(heads, head_dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normal = nn.functional.layer_norm(x, (x.shape[-1],), None, None, QK_NORM_EPS)
+        return normal * self.weight + self.bias
+
+
+class VlcotAttention(llama.LlamaAttention):
+    """Llama attention with :class:`HeadNorm` on queries and keys before the rotary embedding."""
+
+    def __init__(self, config: VlcotConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.q_norm = HeadNorm(config.num_attention_heads, self.head_dim)
+        self.k_norm = HeadNorm(config.num_key_value_heads, self.head_dim)
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query, key = llama.apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = llama.ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, llama.eager_attention_forward
+        )
+        output, weights = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class SupportHead(nn.Linear):
+    """The language-model head. Called with a :class:`SupportTable` it gives log-probs of given ids only.
+
+    A module of its own so that ZeRO-3 gathers its weight around forward and backward.
+    """
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        table: SupportTable | None = None,
+        ids: torch.Tensor | None = None,
+        supports: torch.Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> torch.Tensor:
+        """Logits [..., vocabulary]; with a table, float32 log-probs [T] (see :func:`support_logprobs`)."""
+        if table is None:
+            return super().forward(hidden)
+        return support_logprobs(hidden, self.weight, table, ids, supports, temperature)
+
+
+class VlcotForCausalLM(LlamaForCausalLM):
+    """The policy."""
+
+    config_class = VlcotConfig
+
+    def __init__(self, config: VlcotConfig) -> None:
+        super().__init__(config)
+        for index, layer in enumerate(self.model.layers):
+            layer.self_attn = VlcotAttention(config, index)
+        self.lm_head = SupportHead(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def token_logprobs(
+        self,
+        input_ids: torch.Tensor,
+        table: SupportTable,
+        supports: torch.Tensor,
+        temperature: float = 1.0,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Log-prob of each id given what stands before it, under the sampling distribution.
+
+        Args:
+            input_ids: int64 [B, L], right-padded.
+            supports: uint8 [B, L], support of each position; FORCED (also prompt and padding) gives 0.
+            temperature: of the sampling distribution.
+            attention_mask: [B, L]; not needed with right padding.
+
+        Returns:
+            float32 [B, L]; position 0 is 0.
+        """
+        hidden = self.model(input_ids=input_ids[:, :-1], attention_mask=attention_mask).last_hidden_state
+        flat = self.lm_head(
+            hidden.reshape(-1, hidden.shape[-1]),
+            table,
+            input_ids[:, 1:].reshape(-1),
+            supports[:, 1:].reshape(-1),
+            temperature,
+        )
+        return nn.functional.pad(flat.view(hidden.shape[:2]), (1, 0))
+
+
+AutoModelForCausalLM.register(VlcotConfig, VlcotForCausalLM, exist_ok=True)

@@ -1,0 +1,96 @@
+"""The four rewards of RealSR-R1 as pure functions from a parsed chain and answers to [0, 1].
+
+A reward that cannot be known (a server failed, no object was found in the LR image) is never a number:
+see :data:`vlcot.groups.Score`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vlcot.degradation.text import fraction_correct
+from vlcot.groups import Absent, Failed, Score, Scored
+from vlcot.sequence import ParsedChain
+
+COMPONENTS = ("format", "degradation", "understanding", "generation")
+EXPERT_SCALE = 10.0
+"""Upper end of each score that the visual expert gives."""
+
+
+@dataclass(frozen=True)
+class RewardWeights:
+    """Weights of the sum; the paper adds the four rewards (all 1)."""
+
+    format: float = 1.0
+    degradation: float = 1.0
+    understanding: float = 1.0
+    generation: float = 1.0
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Weights of the visual expert's three scores; they must sum to 1."""
+
+    quality: float = 0.4
+    realism: float = 0.3
+    consistency: float = 0.3
+
+    def __post_init__(self) -> None:
+        total = self.quality + self.realism + self.consistency
+        if abs(total - 1.0) > 1e-6 or min(self.quality, self.realism, self.consistency) < 0:
+            raise ValueError(f"expert weights must be non-negative and sum to 1, they sum to {total:g}")
+
+
+def format_reward(chain: ParsedChain) -> Scored:
+    """1 if the chain is well-formed (:attr:`ParsedChain.well_formed`), else 0."""
+    return Scored(1.0 if chain.well_formed else 0.0, {"errors": list(chain.errors)})
+
+
+def degradation_reward(chain: ParsedChain, truth: str) -> Scored:
+    """n_correct / n_total over the components of the description (paper, degradation reward)."""
+    return Scored(fraction_correct(chain.degradation or "", truth))
+
+
+def understanding_reward(coarse: str | None, objects: Sequence[str]) -> Scored | Absent:
+    """Share of the main objects that the coarse text names, as whole words, simple plurals included.
+
+    Args:
+        coarse: the coarse description, None where the chain has none (scores 0).
+        objects: names of the main objects in the LR image; without any the component is absent.
+    """
+    names = list(dict.fromkeys(name.strip().lower() for name in objects if name.strip()))
+    if not names:
+        return Absent("no main object was found in the LR image")
+    text = (coarse or "").lower()
+    named = [name for name in names if _names(text, name)]
+    return Scored(len(named) / len(names), {"objects": names, "named": named})
+
+
+def generation_reward(scores: Mapping[str, float], weights: ExpertWeights) -> Scored:
+    """Weighted sum of the expert's quality, realism and consistency (0..10 each), scaled to [0, 1]."""
+    parts = {name: float(scores[name]) / EXPERT_SCALE for name in ("quality", "realism", "consistency")}
+    value = sum(getattr(weights, name) * part for name, part in parts.items())
+    return Scored(value, {name: float(scores[name]) for name in parts})
+
+
+def total_reward(scores: Mapping[str, Score], weights: RewardWeights) -> float | None:
+    """Weighted sum over the components that are present; None if one failed (the sample has no reward)."""
+    if any(isinstance(score, Failed) for score in scores.values()):
+        return None
+    return sum(getattr(weights, n) * s.value for n, s in scores.items() if isinstance(s, Scored))
+
+
+def _names(text: str, name: str) -> bool:
+    last = name.split()[-1]
+    plurals = [name + "s", name + "es"]
+    if re.search(r"[^aeiou]y$", last):
+        plurals.append(name[:-1] + "ies")
+    if last.endswith("man"):
+        plurals.append(name[:-3] + "men")
+    if last.endswith("fe"):
+        plurals.append(name[:-2] + "ves")
+    elif last.endswith("f"):
+        plurals.append(name[:-1] + "ves")
+    return any(re.search(rf"(?<!\w){re.escape(form)}(?!\w)", text) for form in (name, *plurals))

@@ -1,0 +1,130 @@
+"""How weights travel: buckets of bytes in a fixed layout, and checksums per tensor."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape and dtype (``float32``, ``bfloat16``, ...) of one tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * getattr(torch, self.dtype).itemsize
+
+
+Bucket = tuple[TensorSpec, ...]
+
+
+def plan_buckets(specs: Sequence[TensorSpec], bucket_bytes: int) -> tuple[Bucket, ...]:
+    """Split ``specs`` in order into buckets of at most ``bucket_bytes``; a larger tensor has its own bucket.
+
+    Raises:
+        ValueError: ``bucket_bytes`` is not positive, or a name stands twice.
+    """
+    if bucket_bytes <= 0:
+        raise ValueError(f"bucket_bytes must be positive, got {bucket_bytes}")
+    if len({spec.name for spec in specs}) != len(specs):
+        raise ValueError("a tensor name stands twice in the layout")
+    buckets: list[list[TensorSpec]] = []
+    used = 0
+    for spec in specs:
+        if not buckets or used + spec.nbytes > bucket_bytes:
+            buckets.append([])
+            used = 0
+        buckets[-1].append(spec)
+        used += spec.nbytes
+    return tuple(tuple(bucket) for bucket in buckets)
+
+
+def pack(bucket: Bucket, tensors: Mapping[str, torch.Tensor]) -> np.ndarray:
+    """uint8 [sum of nbytes]: the tensors of ``bucket`` one after another.
+
+    Raises:
+        ValueError: a tensor is missing, or has another shape or dtype than its spec.
+    """
+    parts = []
+    for spec in bucket:
+        tensor = tensors.get(spec.name)
+        if tensor is None:
+            raise ValueError(f"no tensor {spec.name} to pack")
+        if tuple(tensor.shape) != spec.shape or tensor.dtype != getattr(torch, spec.dtype):
+            raise ValueError(f"{spec.name} is {tuple(tensor.shape)} {tensor.dtype}, the layout says {spec}")
+        parts.append(_bytes_of(tensor))
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint8)
+
+
+def unpack(bucket: Bucket, data: np.ndarray) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor for each spec of ``bucket``; copies, so ``data`` may be freed.
+
+    Raises:
+        ValueError: ``data`` has not exactly the bucket's size.
+    """
+    expected = sum(spec.nbytes for spec in bucket)
+    if data.dtype != np.uint8 or data.size != expected:
+        raise ValueError(f"bucket holds {data.size} bytes of {data.dtype}, the layout says {expected} of uint8")
+    offset = 0
+    for spec in bucket:
+        part = torch.from_numpy(data[offset : offset + spec.nbytes].copy())
+        yield spec.name, part.view(getattr(torch, spec.dtype)).reshape(spec.shape)
+        offset += spec.nbytes
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """CRC-32 of the tensor's bytes (native order, contiguous)."""
+    return zlib.crc32(_bytes_of(tensor).data)
+
+
+def checksums(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, int]:
+    """:func:`checksum` by name."""
+    return {name: checksum(tensor) for name, tensor in tensors}
+
+
+def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """One weight push as the receivers saw it.
+
+    Attributes:
+        version: of the weights that all receivers now serve.
+        seconds: wall seconds per phase (``pause``, ``transfer``, ``load``, ``verify``, ``resume``).
+        nbytes: bytes of all buckets.
+        receivers: how many actors took the push.
+    """
+
+    version: int
+    seconds: Mapping[str, float]
+    nbytes: int
+    receivers: int
+
+
+class WeightSink(Protocol):
+    """Where a learner's publisher sends weights. Picklable; used from rank 0 of the learner group."""
+
+    def begin(self, version: int, layout: Sequence[Bucket]) -> None:
+        """Announce a push."""
+
+    def send(self, index: int, data: np.ndarray) -> None:
+        """Hand over bucket ``index`` (uint8, :func:`pack`); may return before it has arrived."""
+
+    def finish(self, checksums: Mapping[str, int]) -> PushReport:
+        """Load on every receiver, compare checksums per tensor, serve the new version.
+
+        Raises:
+            RuntimeError: a receiver's checksum differs, with the tensor's name.
+        """
