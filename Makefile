@@ -1,0 +1,60 @@
+# Two commands do everything: `make run` (the toy experiment) and `make test`.
+#
+#   ACCELERATOR=cpu|cuda   which pinned list is installed (default cpu)
+#   TORCH_INDEX=URL        extra package index for the CPU build of torch, where the default index offers
+#                          only CUDA builds: TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   SEED=n                 seed of `make run`
+#   PYTHON=python3.11      interpreter that the virtual environment is made from
+
+ACCELERATOR ?= cpu
+PYTHON ?= python3.11
+VENV ?= .venv
+SEED ?= 0
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-$(ACCELERATOR)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+export RAY_AUTH_MODE ?= disabled
+export RAY_USAGE_STATS_ENABLED ?= 0
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: run test test-unit check format setup toy-weights clean
+
+setup: $(INSTALLED)
+
+$(INSTALLED): requirements/$(ACCELERATOR).txt pyproject.toml tools/torchvision_on_cpu.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned $(ACCELERATOR) set into $(VENV) (about three minutes)"
+	$(PIP) $(INDEX) -r requirements/$(ACCELERATOR).txt
+	$(PIP) --no-build-isolation --editable .
+	$(BIN)/python tools/torchvision_on_cpu.py
+	touch $@
+
+run: setup
+	$(BIN)/rl-system train experiment=toy seed=$(SEED) overwrite=true
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-unit: setup
+	$(BIN)/python -m pytest -m unit
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+toy-weights: setup
+	$(BIN)/python -m toy.train_vq
+	$(BIN)/python -m toy.train_grounding_dino
+	$(BIN)/python -m toy.train_sam
+	$(BIN)/python -m toy.train_qwen_vl
+	$(BIN)/python -m toy.train_policy
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,31 @@
+"""``rl-system COMMAND ...``; also ``python -m rl_system``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+EXIT_OK, EXIT_ERROR, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+COMMANDS = {
+    "train": "train VLCoT-GRPO: rl-system train experiment=toy [KEY=VALUE ...]",
+    "report": "write report.html of a run, also while it runs: rl-system report RUN_DIRECTORY",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Dispatch to ``rl_system.commands.NAME.run``; returns the exit code."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help", "help"):
+        print("usage: rl-system COMMAND ...\n\n" + "\n".join(f"  {n:<8} {text}" for n, text in COMMANDS.items()))
+        return EXIT_OK if args else EXIT_BAD_INPUT
+    if args[0] not in COMMANDS:
+        print(f"rl-system: unknown command '{args[0]}'; commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    command: Callable[[list[str]], int] = import_module(f"rl_system.commands.{args[0]}").run
+    return command(args[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

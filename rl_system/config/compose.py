@@ -1,0 +1,91 @@
+"""From command-line overrides to a checked :class:`TrainConfig`, before any process starts."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, cast, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import configs
+from rl_system.config.checks import check
+from rl_system.config.schema import TrainConfig
+
+CONFIG_DIR = Path(configs.__file__).resolve().parent
+
+
+class ConfigError(ValueError):
+    """The configuration or an input is wrong; the message says what, where, and what would be right."""
+
+
+def load_config(overrides: Sequence[str]) -> TrainConfig:
+    """Compose and check a training configuration.
+
+    Args:
+        overrides: Hydra overrides, ``experiment=toy rollout.group_size=8``.
+
+    Raises:
+        ConfigError: unknown key or choice, wrong type, missing value, or an impossible combination.
+    """
+    if not any(o.startswith("experiment=") for o in overrides):
+        raise ConfigError(f"say which experiment to run: experiment={' | '.join(experiments())}")
+    ConfigStore.instance().store(name="schema", node=TrainConfig)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            composed = compose("config", overrides=list(overrides))
+        config = cast(TrainConfig, OmegaConf.to_object(composed))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error)) from None
+    try:
+        check(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return config
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The resolved configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def experiments() -> list[str]:
+    """Names of the experiments that ship."""
+    return sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
+
+
+def _explain(error: Exception) -> str:
+    """Hydra's message in one line, with the allowed keys for an unknown one."""
+    text = " ".join(str(error).split())
+    unknown = re.search(r"Could not override '([\w.]+)'|Key '(\w+)' (?:is )?not in", text)
+    if unknown is None:
+        cause = error.__cause__
+        return f"bad configuration: {text}" + (f" ({' '.join(str(cause).split())})" if cause else "")
+    dotted = unknown[1] or _full_key(text) or unknown[2]
+    *parents, key = dotted.split(".")
+    allowed = _keys_at(parents)
+    close = difflib.get_close_matches(key, allowed, 1)
+    hint = f"did you mean '{'.'.join([*parents, close[0]])}'? " if close else ""
+    where = ".".join(parents) or "the top level"
+    return f"unknown configuration key '{dotted}'. {hint}Keys allowed at {where}: {', '.join(allowed)}"
+
+
+def _full_key(text: str) -> str | None:
+    match = re.search(r"full_key: ([\w.]+)", text)
+    return match[1] if match else None
+
+
+def _keys_at(parents: Sequence[str]) -> list[str]:
+    node: Any = TrainConfig
+    for name in parents:
+        node = get_type_hints(node).get(name) if is_dataclass(node) else None
+    return sorted(f.name for f in fields(node)) if is_dataclass(node) else []

@@ -1,0 +1,220 @@
+"""Every setting of a training run, typed. The YAML files in ``configs/`` give values, nothing else has any."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+
+@dataclass
+class PolicyConfig:
+    """The model that is trained."""
+
+    path: str = MISSING
+    """Cold-started policy: directory with config.json, model.safetensors, tokenizer.json."""
+    image_tokenizer: str = MISSING
+    """Directory of the VQ image tokenizer."""
+    instruction: str = MISSING
+    """The question; ``<|image|>`` stands for the LR image."""
+
+
+@dataclass
+class DataConfig:
+    """Where prompts come from."""
+
+    source: str = MISSING
+    """``toy_photographs``: crops of the photographs inside scikit-image and scikit-learn;
+    ``folder``: crops of the images under ``path``."""
+    path: str = ""
+    train_rows: int = MISSING
+    """Rows of the training split; they are passed over in order, epoch after epoch, shuffled by the seed."""
+
+
+@dataclass
+class RolloutConfig:
+    """vLLM rollout actors."""
+
+    actors: int = 1
+    group_size: int = MISSING
+    """Samples per LR image (G)."""
+    temperature: float = 1.0
+    max_new_tokens: int = MISSING
+    max_num_seqs: int = 64
+    kv_cache_gib: float = 1.0
+    """CPU only; on GPUs ``gpu_memory_utilization`` decides."""
+    dtype: str = "float32"
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.9
+    num_cpus: float = 1
+    num_gpus: float = 0
+    threads: int = 1
+    start_timeout_s: float = 600
+    pool_label: str = ""
+    """Value of the node label ``rl.io/pool`` that the actors need; empty: any node."""
+
+
+@dataclass
+class LearnerConfig:
+    """DeepSpeed ZeRO-3 learner."""
+
+    ranks: int = MISSING
+    steps: int = MISSING
+    groups_per_step: int = MISSING
+    epochs_per_batch: int = 1
+    learning_rate: float = MISSING
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    """constant | cosine"""
+    max_grad_norm: float = 1.0
+    micro_batch_tokens: int = MISSING
+    dtype: str = "float32"
+    bucket_mib: int = 64
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: at the end only."""
+    keep_checkpoints: int = 2
+    num_cpus: float = 1
+    use_gpu: bool = False
+    threads: int = 1
+    pool_label: str = ""
+
+
+@dataclass
+class GrpoConfig:
+    """The objective (docs/grpo.md)."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_beta: float = 0.04
+    kl: str = "k3"
+    normalisation: str = "sequence"
+    """sequence (eq. 1) | token | dr_grpo"""
+    advantage_std: str = "unbiased"
+    """unbiased | population | none"""
+    drop_zero_variance: bool = False
+    importance_cap: float | None = None
+    """Token-level truncated importance sampling; null: off."""
+
+
+@dataclass
+class RewardWeightsConfig:
+    """Weights of the four rewards in the total; 0 switches one off."""
+
+    format: float = 1.0
+    degradation: float = 1.0
+    understanding: float = 1.0
+    generation: float = 1.0
+
+
+@dataclass
+class ExpertWeightsConfig:
+    """Weights of the expert's scores inside the generation reward; they sum to 1."""
+
+    quality: float = 0.4
+    realism: float = 0.3
+    consistency: float = 0.3
+
+
+@dataclass
+class GroundedSamServerConfig:
+    """The Grounded-SAM application."""
+
+    detector: str = MISSING
+    segmenter: str = MISSING
+    vocabulary: list[str] = MISSING
+    box_threshold: float = 0.25
+    text_threshold: float = 0.2
+    nms_iou: float = 0.5
+    min_mask_share: float = 0.02
+    replicas: int = 1
+    num_cpus: float = 1
+    num_gpus: float = 0
+    threads: int = 1
+    pool_label: str = ""
+
+
+@dataclass
+class VisualExpertServerConfig:
+    """The Qwen2.5-VL application."""
+
+    model: str = MISSING
+    max_model_len: int = MISSING
+    kv_cache_gib: float = 1.0
+    dtype: str = "float32"
+    replicas: int = 1
+    num_cpus: float = 1
+    num_gpus: float = 0
+    threads: int = 1
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.9
+    pool_label: str = ""
+
+
+@dataclass
+class RewardConfig:
+    """Rewards and their servers."""
+
+    weights: RewardWeightsConfig = field(default_factory=RewardWeightsConfig)
+    expert_weights: ExpertWeightsConfig = field(default_factory=ExpertWeightsConfig)
+    grounded_sam: GroundedSamServerConfig = field(default_factory=GroundedSamServerConfig)
+    qwen_vl: VisualExpertServerConfig = field(default_factory=VisualExpertServerConfig)
+    min_viable_share: float = 0.75
+    """A group with fewer scored samples than this share is dropped."""
+    timeout_s: float = 120
+    """Deadline of one request, retries included."""
+    start_timeout_s: float = 600
+
+
+@dataclass
+class CoordinationConfig:
+    """Asynchrony."""
+
+    max_staleness: int = 1
+    """Weight versions between sampling and training of a token; 0: synchronous GRPO."""
+    stall_timeout_s: float = 300
+    """The run ends with a message if nothing finishes for so long."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out prompts, sampled with the same seeds before and after training."""
+
+    prompts: int = 64
+    samples: int = 2
+    pictures: int = 8
+    """How many of them the report shows."""
+
+
+@dataclass
+class ClusterConfig:
+    """Ray."""
+
+    address: str = "local"
+    """``local`` starts Ray in this process; ``auto`` joins the cluster that the job runs in."""
+    num_cpus: int | None = None
+    """Logical CPUs of a local Ray; null: what the machine has."""
+
+
+@dataclass
+class TrainConfig:
+    """``rl-system train``."""
+
+    name: str = MISSING
+    seed: int = 0
+    output_dir: str = "runs"
+    overwrite: bool = False
+    """Move an existing run of this name aside instead of refusing."""
+    kept_groups: int = 12
+    """How many of the best and of the worst groups are kept with their images."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    coordination: CoordinationConfig = field(default_factory=CoordinationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)

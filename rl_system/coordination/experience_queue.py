@@ -1,0 +1,96 @@
+"""The actor between coordinator and learner ranks: batches go in, progress comes out."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import ray
+from ray.actor import ActorHandle
+
+from learners.protocols import LearnerStart
+from vlcot.groups import ScoredGroup
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The learner has trained ``step`` and the actors serve its weights."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+class ExperienceQueue:
+    """An asyncio Ray actor. A batch is kept until a checkpoint contains its step: a restarted learner asks again."""
+
+    def __init__(self) -> None:
+        self._batches: dict[int, list[ScoredGroup]] = {}
+        self._closed = False
+        self._changed = asyncio.Condition()
+        self._progress: asyncio.Queue[LearnerStart | StepReport] = asyncio.Queue()
+
+    async def put_batch(self, step: int, groups: list[ScoredGroup]) -> None:
+        """Offer the batch of ``step``.
+
+        Raises:
+            RuntimeError: the step has a batch already.
+        """
+        async with self._changed:
+            if step in self._batches:
+                raise RuntimeError(f"step {step} has a batch already")
+            self._batches[step] = groups
+            self._changed.notify_all()
+
+    async def close(self) -> None:
+        """No further batch will come."""
+        async with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    async def next_batch(self, step: int) -> list[ScoredGroup] | None:
+        """The batch of ``step``, the same for every rank; None when the run is over."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: step in self._batches or self._closed)
+            return self._batches.get(step)
+
+    async def forget(self, step: int) -> None:
+        """Drop the batches up to ``step``."""
+        self._batches = {s: batch for s, batch in self._batches.items() if s > step}
+
+    async def report(self, event: LearnerStart | StepReport) -> None:
+        """Hand an event to the coordinator."""
+        await self._progress.put(event)
+
+    async def next_report(self) -> LearnerStart | StepReport:
+        """The oldest event not yet read."""
+        return await self._progress.get()
+
+
+class QueueSource:
+    """The learner's view of the queue (:class:`learners.protocols.BatchSource`)."""
+
+    def __init__(self, queue: ActorHandle) -> None:
+        self._queue = queue
+
+    def next_batch(self, step: int) -> list[ScoredGroup] | None:
+        """Block until the batch of ``step`` is there; None when the run is over."""
+        return ray.get(self._queue.next_batch.remote(step))
+
+
+class QueueProgress:
+    """The learner's way to tell how far it is (:class:`learners.protocols.ProgressSink`)."""
+
+    def __init__(self, queue: ActorHandle) -> None:
+        self._queue = queue
+
+    def started(self, start: LearnerStart) -> None:
+        """The group is up."""
+        ray.get(self._queue.report.remote(start))
+
+    def report(self, step: int, metrics: dict[str, float]) -> None:
+        """``step`` is trained and its weights are served."""
+        ray.get(self._queue.report.remote(StepReport(step, metrics)))
+
+    def checkpointed(self, step: int) -> None:
+        """A checkpoint contains ``step``: its batch will not be asked for again."""
+        ray.get(self._queue.forget.remote(step))

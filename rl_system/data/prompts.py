@@ -1,0 +1,47 @@
+"""From rows to prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from rl_system.data.rows import Row, RowSource
+from vlcot.groups import Prompt
+from vlcot.images import upscale_for_policy
+from vlcot.policy.family import Family
+from vlcot.tokenizer.image import ImageTokenizer
+
+
+class PromptBuilder:
+    """Writes the question of a row: the LR image is up-scaled to full size and tokenised.
+
+    Args:
+        instruction: text with ``<|image|>``.
+    """
+
+    def __init__(self, family: Family, tokenizer: ImageTokenizer, instruction: str) -> None:
+        self._builder = family.builder
+        self._size = family.layout.full_size
+        self._tokenizer = tokenizer
+        self._instruction = instruction
+
+    def build(self, row: Row, group_id: str, seed: int) -> Prompt:
+        """The prompt of ``row``."""
+        full = upscale_for_policy(row.lr, self._size)
+        ids = self._builder.prompt(self._instruction, self._tokenizer.encode(full[None])[0])
+        return Prompt(group_id, row.row_id, seed, ids, row.lr, row.degradation)
+
+
+def training_prompts(source: RowSource, builder: PromptBuilder, rows: int, seed: int) -> Iterator[Prompt]:
+    """Endless prompts: epoch after epoch over ``rows`` training rows, each epoch shuffled by the seed."""
+    epoch = 0
+    while True:
+        order = np.random.default_rng([seed, epoch]).permutation(rows)
+        for place, index in enumerate(order.tolist()):
+            row = source.row(index, "train")
+            identity = f"epoch-{epoch}/{row.row_id}"
+            sample_seed = int(np.random.default_rng([seed, epoch, place, 1]).integers(2**31))
+            prompt = builder.build(Row(identity, row.hq, row.lr, row.degradation), identity, sample_seed)
+            yield prompt
+        epoch += 1

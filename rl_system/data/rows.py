@@ -1,0 +1,119 @@
+"""Where images come from: a source gives rows, each an HQ image with its degraded LR image."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from vlcot.degradation.config import SEESR_TRAINING
+from vlcot.degradation.pipeline import degrade
+from vlcot.degradation.text import describe
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+HELDOUT_SHARE = 10
+"""One image in ten of a folder is held out."""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One training or held-out example.
+
+    Attributes:
+        row_id: unique in the data set.
+        hq: uint8 [S, S, 3] RGB ground truth.
+        lr: uint8 [S/4, S/4, 3] RGB.
+        degradation: true description (:mod:`vlcot.degradation.text`).
+    """
+
+    row_id: str
+    hq: np.ndarray
+    lr: np.ndarray
+    degradation: str
+
+
+class RowSource(Protocol):
+    """Random access to the rows of two disjoint splits; deterministic."""
+
+    def row(self, index: int, split: str) -> Row:
+        """Row ``index`` (any non-negative integer) of ``train`` or ``heldout``."""
+
+
+class ToyPhotographs:
+    """Crops of the photographs inside scikit-image and scikit-learn (``toy/rows.py``)."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def row(self, index: int, split: str) -> Row:
+        """See :class:`RowSource`."""
+        from toy.rows import row  # the toy's photographs are only loaded where they are used
+
+        toy = row(index, split, self._seed)
+        return Row(toy.row_id, toy.hq, toy.lr, toy.degradation)
+
+
+class ImageFolder:
+    """Square crops of the images in a folder tree, degraded on the fly.
+
+    An image belongs to the held-out split if the hash of its relative path says so, whatever else lies there.
+
+    Args:
+        folder: searched recursively for PNG, JPEG, WebP, BMP and TIFF files.
+        size: side of the HQ crop in pixels; images with a shorter side are refused.
+
+    Raises:
+        ValueError: the folder is missing or holds no image, an image cannot be read or is too small.
+    """
+
+    def __init__(self, folder: str, size: int, seed: int) -> None:
+        self._root, self._size, self._seed = Path(folder), size, seed
+        if not self._root.is_dir():
+            raise ValueError(f"data.path={folder}: no such folder")
+        files = sorted(p for p in self._root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise ValueError(f"data.path={folder}: no image there ({', '.join(IMAGE_SUFFIXES)})")
+        for path in files:
+            self._check(path)
+        self._splits: dict[str, list[Path]] = {"train": [], "heldout": []}
+        for path in files:
+            self._splits["heldout" if self._held_out(path) else "train"].append(path)
+        for split, paths in self._splits.items():
+            if not paths:
+                raise ValueError(
+                    f"data.path={folder}: {len(files)} images leave none for the {split} split "
+                    f"(one in {HELDOUT_SHARE} is held out, by a hash of its name)"
+                )
+
+    def row(self, index: int, split: str) -> Row:
+        """See :class:`RowSource`; pass ``index // number of images`` over the folder draws new crops."""
+        paths = self._splits[split]
+        path = paths[index % len(paths)]
+        rng = np.random.default_rng([self._seed, index, split == "heldout"])
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        top, left = (int(rng.integers(0, side - self._size + 1)) for side in pixels.shape[:2])
+        hq = pixels[top : top + self._size, left : left + self._size]
+        if rng.random() < 0.5:
+            hq = hq[:, ::-1]
+        hq = np.ascontiguousarray(hq)
+        lr, record = degrade(hq, SEESR_TRAINING, int(rng.integers(2**31)))
+        name = f"{path.relative_to(self._root).as_posix()}#{index}"
+        return Row(name, hq, lr, describe(record, SEESR_TRAINING))
+
+    def _held_out(self, path: Path) -> bool:
+        digest = hashlib.blake2b(path.relative_to(self._root).as_posix().encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") % HELDOUT_SHARE == 0
+
+    def _check(self, path: Path) -> None:
+        try:
+            with Image.open(path) as image:
+                width, height = image.size
+        except (OSError, UnidentifiedImageError) as error:
+            raise ValueError(f"cannot read the image {path}: {error}") from error
+        if min(width, height) < self._size:
+            raise ValueError(f"{path} is {width}x{height}; both sides must be at least {self._size} pixels")
