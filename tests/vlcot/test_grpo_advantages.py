@@ -113,6 +113,10 @@ def test_pitfall_6_a_constant_group_has_exactly_zero_advantage_and_may_be_droppe
     assert advantages([0.1, 0.1, 0.1], eps=1e-12) == ([0.0, 0.0, 0.0], [True, True, True])
     assert advantages([0.1, 0.1, 0.1], std="none") == ([0.0, 0.0, 0.0], [True, True, True])
     assert advantages([0.1, 0.1, 0.1], drop_zero_variance=True) == ([0.0, 0.0, 0.0], [False, False, False])
+    # What a failed sample holds does not make its group vary.
+    failed = {"valid": [True, True, True, False], "eps": 1e-12}
+    assert advantages([0.1, 0.1, 0.1, 9.0], **failed) == ([0.0] * 4, failed["valid"])
+    assert advantages([0.1, 0.1, 0.1, -9.0], **failed) == ([0.0] * 4, failed["valid"])
 
 
 @pytest.mark.parametrize("std", ["unbiased", "population", "none"])

@@ -177,6 +177,7 @@ def test_pitfall_10_a_fresh_batch_is_never_clipped_and_a_stale_one_is():
         (-1.0, 4.0, {"dual_clip": 3.0}, -3.0, True),
         (+1.0, 4.0, {"dual_clip": 3.0}, 1.2, True),
         (-1.0, 0.5, {"dual_clip": 3.0}, -0.8, True),
+        (0.0, 1.5, {}, 0.0, False),
     ],
 )
 def test_pitfall_11_clip_sign_table(advantage, ratio, config, surrogate, cut):
@@ -325,6 +326,8 @@ def test_the_anchors_carry_no_gradient_even_if_the_caller_forgot_to_detach():
     batch = one_sequence([0.0], 1.0)
     attached = batch | {"old_logprobs": batch["logprobs"], "reference_logprobs": batch["logprobs"]}
     assert run(attached)[1] == pytest.approx([-1.0])
+    attached["reference_logprobs"] = batch["logprobs"] + math.log(2)
+    assert run(attached)[1] == pytest.approx([-1.0 + 0.04 * (1 - 2)])
 
 
 @pytest.mark.parametrize(
