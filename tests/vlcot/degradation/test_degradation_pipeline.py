@@ -73,6 +73,40 @@ def test_lr_shows_the_target(photo: np.ndarray) -> None:
     assert min(correlations) > 0.7 and np.median(correlations) > 0.9
 
 
+def _plain_record() -> DegradationRecord:
+    stage = Stage(BlurKernel("aniso", 9, 1.0, 2.0), Resize("down", 0.8, "area"), Noise("gaussian", 9.0, False, 1), 60)
+    sinc = BlurKernel(SINC, 9, omega=1.5)
+    return DegradationRecord(64, 64, stage, stage, sinc, "bilinear", True)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"blur": None},
+        {"blur": BlurKernel("aniso", 9, 1.0, 2.0, rotation=1.0)},
+        {"resize": Resize("down", 0.5, "area")},
+        {"resize": Resize("down", 0.8, "bicubic")},
+        {"noise": Noise("gaussian", 18.0, False, 1)},
+        {"noise": Noise("gaussian", 9.0, True, 1)},
+        {"noise": Noise("gaussian", 9.0, False, 2)},
+        {"noise": Noise("poisson", 1.0, False, 1)},
+        {"jpeg_quality": 30},
+    ],
+    ids=lambda change: str(next(iter(change.values()))),
+)
+def test_every_parameter_of_a_stage_reaches_the_image(photo: np.ndarray, stage: str, change: dict) -> None:
+    hq, record = to_float(photo[100:164, 200:264]), _plain_record()
+    changed = replace(record, **{stage: replace(getattr(record, stage), **change)})
+    assert (apply_record(hq, changed) != apply_record(hq, record)).any()
+
+
+@pytest.mark.parametrize("change", [{"final_sinc": None}, {"final_mode": "area"}, {"jpeg_last": False}])
+def test_every_parameter_of_the_end_reaches_the_image(photo: np.ndarray, change: dict) -> None:
+    hq, record = to_float(photo[100:164, 200:264]), _plain_record()
+    assert (apply_record(hq, replace(record, **change)) != apply_record(hq, record)).any()
+
+
 @pytest.mark.parametrize("jpeg_last", [True, False])
 def test_the_order_of_the_last_steps(photo: np.ndarray, jpeg_last: bool) -> None:
     """With everything else neutral the end is A: resize, sinc, JPEG or B: JPEG, resize, sinc."""

@@ -118,6 +118,13 @@ def test_gray_noise_is_equal_in_all_channels(add, level: float) -> None:
     np.testing.assert_allclose(noise[..., 0], noise[..., 2], atol=1e-6)
 
 
+def test_gray_poisson_noise_is_that_of_the_luma() -> None:
+    # Luma 0.2989 * 204 + 0.587 * 26 + 0.114 * 26 = 79.2; one level makes one photon: 0.05 * (k - 79/255).
+    image = to_float(np.full((40, 40, 3), (204, 26, 26), np.uint8))
+    noise = add_poisson_noise(image, 0.05, True, np.random.default_rng(0)) - image
+    np.testing.assert_allclose(noise.min(), -0.05 * 79 / 255, atol=1e-6)
+
+
 @pytest.mark.parametrize("add, level", [(add_gaussian_noise, 30.0), (add_poisson_noise, 3.0)])
 @pytest.mark.parametrize("gray", [False, True])
 def test_noise_is_drawn_by_the_generator_alone_and_clipped(photo, add, level: float, gray: bool) -> None:
