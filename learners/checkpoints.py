@@ -1,0 +1,89 @@
+"""Learner checkpoints (shards, through Ray Train) and exported policies (one directory)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import ray.train
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+
+from learners.engine import ShardedPolicy, gathered
+
+POLICY_FILES = ("tokenizer.json", "generation_config.json")
+"""Files of a policy directory, beside config and weights, that training does not change."""
+
+
+def save_checkpoint(policy: ShardedPolicy, step: int, metrics: dict[str, float]) -> None:
+    """Commit shards, optimiser, step and RNG state of every rank as one checkpoint of the run. Collective.
+
+    Each rank writes its own part; Ray Train copies the parts into one directory, commits it when all are there
+    and removes those beyond the retention.
+    """
+    with tempfile.TemporaryDirectory(prefix="learner-") as directory:
+        policy.save(directory, {"step": step, "rng": torch.get_rng_state(), "ranks": dist.get_world_size()})
+        ray.train.report({**metrics, "step": step}, checkpoint=ray.train.Checkpoint.from_directory(directory))
+
+
+def restore_checkpoint(policy: ShardedPolicy) -> int:
+    """Load the run's newest checkpoint, if there is one; collective.
+
+    Returns:
+        Steps done; 0 in a fresh run.
+    """
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return 0
+    with checkpoint.as_directory() as directory:
+        state = policy.load(directory)
+    torch.set_rng_state(state["rng"])
+    return int(state["step"])
+
+
+def export_policy(
+    parameters: Mapping[str, nn.Parameter], dtype: str, source: str | Path, directory: str | Path
+) -> None:
+    """Write whole weights as a policy directory that can be ``policy_path`` of a later run. Collective.
+
+    Rank 0 writes into a temporary neighbour that then takes the place of ``directory``: a reader sees the old
+    policy or the new one.
+
+    Args:
+        parameters: by name.
+        dtype: of the weights, written into ``config.json``.
+        source: policy directory that training started from; gives config and tokenizer.
+    """
+    tensors = {}
+    for name, parameter in parameters.items():
+        with gathered([parameter]):
+            if dist.get_rank() == 0:
+                tensors[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    if dist.get_rank() == 0:
+        _write_policy(tensors, dtype, Path(source), Path(directory))
+    dist.barrier()
+
+
+def _write_policy(tensors: dict[str, torch.Tensor], dtype: str, source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text()) | {"dtype": dtype}
+    (fresh / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for name in POLICY_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, fresh / name)
+    fresh.chmod(0o755)  # mkdtemp makes it private
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+        os.replace(target, old / target.name)
+        os.replace(fresh, target)
+        shutil.rmtree(old)
+    else:
+        os.replace(fresh, target)

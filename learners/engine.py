@@ -1,0 +1,175 @@
+"""The policy and the frozen reference as DeepSpeed ZeRO-3 engines.
+
+Losses come in already divided by the step's totals, so gradients must be summed over micro-batches and ranks.
+DeepSpeed averages over ranks (undone in :meth:`ShardedPolicy.backward`) and, with caller-owned accumulation,
+divides by nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from learners.batching import MicroBatch
+from learners.spec import LearnerSpec
+from vlcot.policy.family import Family
+from vlcot.policy.logprobs import SupportTable
+from vlcot.policy.model import VlcotForCausalLM
+
+ADAM_EPS = 1e-8
+_PREFIX = "policy."
+_TAG = "zero3"
+
+
+class LogprobModule(nn.Module):
+    """A policy whose forward gives token log-probs, so that the engine's hooks gather its shards."""
+
+    def __init__(self, policy: VlcotForCausalLM, table: SupportTable, temperature: float) -> None:
+        super().__init__()
+        self.policy = policy
+        self.table = table
+        self.temperature = temperature
+
+    def forward(self, input_ids: torch.Tensor, supports: torch.Tensor) -> torch.Tensor:
+        """float32 [B, L] from int64 and uint8 [B, L]; see :meth:`VlcotForCausalLM.token_logprobs`."""
+        return self.policy.token_logprobs(input_ids, self.table, supports, self.temperature)
+
+
+def join_process_group(spec: LearnerSpec) -> torch.device:
+    """Prepare this worker: threads, seed, DeepSpeed on the process group that Ray Train made.
+
+    Returns:
+        The device of this rank.
+    """
+    torch.set_num_threads(spec.threads)
+    torch.manual_seed(spec.seed)
+    import deepspeed
+
+    # The shared-memory op serves inference only; without this, it is compiled with g++ at the first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if spec.use_gpu else "gloo")
+    if not spec.use_gpu:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+class ShardedPolicy:
+    """A policy in ZeRO-3 shards over all ranks. Every method is collective.
+
+    Args:
+        path: policy directory.
+        spec: of the learner group.
+        device: of this rank.
+        trainable: with AdamW and gradients; otherwise frozen and for inference only.
+    """
+
+    def __init__(self, path: str, spec: LearnerSpec, device: torch.device, *, trainable: bool) -> None:
+        import deepspeed
+        from transformers.integrations import HfDeepSpeedConfig
+
+        config = _deepspeed_config(spec)
+        # transformers shards at load while this object is alive.
+        self._sharded_load = HfDeepSpeedConfig(config)
+        policy = VlcotForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, spec.dtype), attn_implementation="sdpa", local_files_only=True
+        )
+        self._deepspeed = deepspeed
+        self._dtype = spec.dtype
+        self.family = Family.from_pretrained(path)
+        module = LogprobModule(policy, SupportTable.of(self.family.grammar, device), spec.temperature)
+        module.train(trainable).requires_grad_(trainable)
+        optimizer = _adamw(module, spec) if trainable else None
+        self._engine, self._optimizer, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self._groups = optimizer.param_groups if optimizer else []
+        self._ranks = torch.distributed.get_world_size()
+
+    def logprobs(self, micro: MicroBatch) -> torch.Tensor:
+        """float32 [B, L] of the micro-batch's ids under these weights and the sampling distribution."""
+        return self._engine(micro.input_ids, micro.supports)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of this rank's share ``loss`` to that of the step."""
+        self._engine.backward(loss * self._ranks)
+
+    def step(self, learning_rate: float) -> float:
+        """One AdamW update with the gradient gathered since the last one.
+
+        Returns:
+            Global gradient norm before clipping.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; the weights are as they were.
+        """
+        for group in self._groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        if not self._engine.was_step_applied():
+            raise FloatingPointError(f"the gradient is not finite (norm {norm}): no update was made")
+        return norm
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters by their name in a checkpoint; whole only inside :func:`gathered`."""
+        return {name.removeprefix(_PREFIX): p for name, p in self._engine.module.named_parameters()}
+
+    def save(self, directory: str, state: dict[str, Any]) -> None:
+        """Write this rank's shards, and ``state`` beside them."""
+        self._engine.save_checkpoint(directory, tag=_TAG, client_state=state)
+
+    def load(self, directory: str) -> dict[str, Any]:
+        """Load what :meth:`save` wrote and return its state.
+
+        Raises:
+            RuntimeError: no checkpoint there, or one of another number of ranks.
+        """
+        path, state = self._engine.load_checkpoint(directory, tag=_TAG)
+        if path is None:
+            raise RuntimeError(f"no learner checkpoint of {self._ranks} ranks in {directory}")
+        return state
+
+
+@contextmanager
+def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, ``parameters`` hold their whole values on every rank; copies must be taken there."""
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(parameters)):
+        yield
+
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Shape of the whole parameter, whatever part of it is here."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _adamw(module: nn.Module, spec: LearnerSpec) -> torch.optim.AdamW:
+    plain = {name for name, _ in module.named_parameters() if "norm" in name or name.endswith("bias")}
+    groups = [
+        {"params": [p for n, p in module.named_parameters() if n not in plain], "weight_decay": spec.weight_decay},
+        {"params": [p for n, p in module.named_parameters() if n in plain], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas, eps=ADAM_EPS)
+
+
+def _deepspeed_config(spec: LearnerSpec) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": spec.max_grad_norm,
+        "bf16": {"enabled": spec.dtype == "bfloat16"},
+        "zero_optimization": {"stage": 3, "overlap_comm": spec.use_gpu},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 31,
+    }

@@ -1,0 +1,96 @@
+"""What every rank of the learner group runs inside Ray Train."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+
+from learners.checkpoints import export_policy, restore_checkpoint, save_checkpoint
+from learners.engine import ShardedPolicy, join_process_group
+from learners.grpo_step import grpo_step
+from learners.protocols import BatchSource, LearnerStart, ProgressSink
+from learners.publisher import Publisher
+from learners.spec import LearnerSpec
+from vlcot.weights import WeightSink
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Arguments of :func:`train_loop`. ``export_path`` is where the trained policy goes."""
+
+    spec: LearnerSpec
+    source: BatchSource
+    sink: WeightSink
+    progress: ProgressSink
+    export_path: str
+
+
+def train_loop(config: dict[str, Any]) -> int:
+    """Train until ``steps`` are done or the source ends; ``config["loop"]`` is a :class:`LoopConfig`.
+
+    Per step: batch, GRPO step, weight push, report, and a checkpoint when one is due or a node is about to be
+    taken away. At the end the policy is exported.
+
+    Returns:
+        Steps done.
+    """
+    loop: LoopConfig = config["loop"]
+    spec = loop.spec
+    device = join_process_group(spec)
+    leader = dist.get_rank() == 0
+    policy = ShardedPolicy(spec.policy_path, spec, device, trainable=True)
+    reference = _reference(spec, device)
+    publisher = Publisher(policy.parameters(), spec.bucket_bytes)
+    done = saved = restore_checkpoint(policy)
+    if done:
+        publisher.push(done, loop.sink)  # actors may serve older weights, or those of steps that are lost
+    checksums = publisher.checksums()
+    if leader:
+        loop.progress.started(LearnerStart(done, checksums, engine_versions()))
+
+    metrics: dict[str, float] = {}
+    while done < spec.steps:
+        started = time.perf_counter()
+        groups = loop.source.next_batch(done + 1)
+        if groups is None:
+            break
+        waited = time.perf_counter() - started
+        metrics = grpo_step(policy, reference, groups, done + 1, spec, device)
+        metrics |= publisher.push(done + 1, loop.sink)
+        metrics |= {"time/wait_batch": waited, "time/learner_step": time.perf_counter() - started}
+        done += 1
+        if leader:
+            loop.progress.report(done, metrics)
+        if done % spec.checkpoint_every == 0 or ray.train.get_preemption_info() is not None:
+            saved = _checkpoint(policy, done, metrics, loop.progress)
+    if saved != done:
+        _checkpoint(policy, done, metrics, loop.progress)
+    export_policy(policy.parameters(), spec.dtype, spec.policy_path, Path(loop.export_path))
+    return done
+
+
+def engine_versions() -> dict[str, str]:
+    """Versions of the engines as imported in this process."""
+    import deepspeed
+
+    return {"deepspeed": deepspeed.__version__, "torch": torch.__version__, "ray": ray.__version__}
+
+
+def _reference(spec: LearnerSpec, device: torch.device) -> ShardedPolicy | None:
+    if spec.reference_path is None:
+        return None
+    return ShardedPolicy(spec.reference_path, spec, device, trainable=False)
+
+
+def _checkpoint(policy: ShardedPolicy, step: int, metrics: dict[str, float], progress: ProgressSink) -> int:
+    save_checkpoint(policy, step, metrics)
+    if dist.get_rank() == 0:
+        progress.checkpointed(step)
+    return step

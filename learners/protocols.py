@@ -1,0 +1,52 @@
+"""What a learner sees of the rest of the system. Implementations travel into the workers by pickle.
+
+Weights leave through :class:`vlcot.weights.WeightSink`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from vlcot.groups import ScoredGroup
+
+
+class BatchSource(Protocol):
+    """Where batches come from. Every rank asks for itself."""
+
+    def next_batch(self, step: int) -> list[ScoredGroup] | None:
+        """The groups of ``step`` (1, 2, ...); blocks until there are enough. None: there will be no more.
+
+        Every rank gets the same list for the same step. After a failure the group goes on behind its last
+        checkpoint and asks again for the steps after it: they must give the same lists again, until
+        :meth:`ProgressSink.checkpointed` says that they are no longer needed.
+        """
+
+
+@dataclass(frozen=True)
+class LearnerStart:
+    """What a group that has just come up says of itself.
+
+    Attributes:
+        step: steps done, also the version of its weights; 0 in a fresh run.
+        checksums: CRC-32 per tensor of these weights, by name.
+        engines: versions of deepspeed, torch and ray as imported in the worker.
+    """
+
+    step: int
+    checksums: Mapping[str, int]
+    engines: Mapping[str, str]
+
+
+class ProgressSink(Protocol):
+    """Whom rank 0 tells how far it is."""
+
+    def started(self, start: LearnerStart) -> None:
+        """The group is up. After a restart (``start.step`` > 0) its weights have been pushed already."""
+
+    def report(self, step: int, metrics: dict[str, float]) -> None:
+        """``step`` is trained and version ``step`` of the weights is served: its slots may be released."""
+
+    def checkpointed(self, step: int) -> None:
+        """A checkpoint that contains ``step`` is committed."""

@@ -1,0 +1,103 @@
+"""Everything that a learner group must know, in one picklable value."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from vlcot.grpo import AdvantageConfig, LossConfig
+
+Schedule = Literal["constant", "cosine"]
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """Settings of a learner group.
+
+    Attributes:
+        policy_path: policy directory that training starts from; its weights are version 0.
+        reference_path: policy directory of the frozen reference of the KL (the cold-started model); None
+            only where ``loss.kl_beta`` is 0.
+        steps: optimisation steps; step ``s`` (1, 2, ...) makes weight version ``s``.
+        groups_per_step: most groups that one step may receive.
+        temperature: of the sampling distribution; must be the rollout's.
+        max_staleness: oldest weights, in versions, that a trained token may come from (design I1).
+        ranks: worker processes of the ZeRO-3 group.
+        learning_rate: peak, after the warm-up.
+        betas: of AdamW.
+        weight_decay: of matrices and embeddings; norms and biases have none.
+        warmup_steps: steps of linear warm-up.
+        schedule: ``constant`` or ``cosine`` (to 0 at ``steps``).
+        max_grad_norm: global gradient norm is clipped to this.
+        epochs_per_batch: optimiser updates on each batch.
+        micro_batch_tokens: most tokens, padding included, of one forward pass; a longer sequence goes alone.
+        dtype: of the weights in forward, backward and push; the optimiser always holds float32.
+        seed: of everything random in a worker.
+        threads: CPU threads per worker.
+        bucket_bytes: size of one bucket of a weight push.
+        checkpoint_every: steps between checkpoints; the last step always has one.
+        keep_checkpoints: newest checkpoints that stay on disk.
+        max_failures: restarts of the group from its last checkpoint; preempted nodes do not count.
+        use_gpu: one GPU per rank (NCCL) instead of CPU (gloo).
+        advantage: how rewards become advantages.
+        loss: clipped loss and KL.
+    """
+
+    policy_path: str
+    reference_path: str | None
+    steps: int
+    groups_per_step: int
+    temperature: float
+    max_staleness: int
+    ranks: int = 2
+    learning_rate: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: Schedule = "constant"
+    max_grad_norm: float = 1.0
+    epochs_per_batch: int = 1
+    micro_batch_tokens: int = 16384
+    dtype: Dtype = "float32"
+    seed: int = 0
+    threads: int = 1
+    bucket_bytes: int = 1 << 28
+    checkpoint_every: int = 50
+    keep_checkpoints: int = 2
+    max_failures: int = 2
+    use_gpu: bool = False
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "groups_per_step", "ranks", "epochs_per_batch", "micro_batch_tokens", "threads"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("bucket_bytes", "checkpoint_every", "keep_checkpoints"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("max_staleness", "warmup_steps", "max_failures", "seed"):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("temperature", "learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            self._require(name, value > 0 and math.isfinite(value), "a positive number")
+        self._require("weight_decay", 0 <= self.weight_decay < 1, "in [0, 1)")
+        self._require("betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two in [0, 1)")
+        self._require("warmup_steps", self.warmup_steps <= self.steps, f"no more than steps ({self.steps})")
+        self._require("schedule", self.schedule in get_args(Schedule), f"one of {', '.join(get_args(Schedule))}")
+        self._require("dtype", self.dtype in get_args(Dtype), f"one of {', '.join(get_args(Dtype))}")
+        if self.loss.kl_beta > 0 and self.reference_path is None:
+            raise ValueError(f"learner: kl_beta is {self.loss.kl_beta} but there is no reference_path to keep close to")
+
+    def _require(self, name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise ValueError(f"learner: {name} is {getattr(self, name)!r}; it must be {allowed}")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of step 1, 2, ..., ``steps``."""
+        if step <= self.warmup_steps:
+            return self.learning_rate * step / self.warmup_steps
+        if self.schedule == "constant":
+            return self.learning_rate
+        progress = (step - self.warmup_steps - 1) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,111 @@
+"""ZeRO-3 in processes of its own against plain torch: the same gradient and weights under any split."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from learners.spec import LearnerSpec
+from tests.learners.synthetic import Oracle, PlainPolicy, scored_groups
+from tests.learners.zero3_gradient import Job
+from vlcot.groups import ScoredGroup
+from vlcot.policy.family import Family
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+BUDGETS = {"many": 150, "one": 100_000}
+"""Micro-batches of one or two sequences, and a single one per rank."""
+
+
+def run_ranks(jobs: list[Job], ranks: int, directory: Path) -> None:
+    """Run ``jobs`` on ``ranks`` processes."""
+    path = directory / f"jobs-{ranks}.pkl"
+    path.write_bytes(pickle.dumps(jobs))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "tests.learners.zero3_gradient", str(path)]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(ranks)], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=500)
+        assert process.returncode == 0, errors[-3000:]
+
+
+@pytest.fixture(scope="module")
+def slow_spec(spec: LearnerSpec) -> LearnerSpec:
+    """Steps of 5e-5: AdamW's first update is lr * sign(gradient), also where the gradient is rounding noise."""
+    return replace(spec, learning_rate=1e-4)
+
+
+@pytest.fixture(scope="module")
+def groups(spec: LearnerSpec) -> list[ScoredGroup]:
+    return scored_groups(PlainPolicy(spec.policy_path, spec.temperature), seed=1, invalid=1)
+
+
+@pytest.fixture(scope="module")
+def runs(
+    slow_spec: LearnerSpec, groups: list[ScoredGroup], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[int, str], Any]:
+    """Result of each (ranks, split)."""
+    directory = tmp_path_factory.mktemp("zero3")
+    found = {}
+    for ranks in (1, 2):
+        jobs = {
+            split: Job(replace(slow_spec, micro_batch_tokens=budget), groups, directory / f"{ranks}-{split}.pt")
+            for split, budget in BUDGETS.items()
+        }
+        run_ranks(list(jobs.values()), ranks, directory)
+        found |= {(ranks, split): torch.load(job.output) for split, job in jobs.items()}
+    return found
+
+
+@pytest.mark.parametrize("split", list(BUDGETS))
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_gradient_and_update_equal_plain_torch(runs, slow_spec, groups, ranks, split) -> None:
+    """Pitfall 7: no trace of micro-batches, ranks or DeepSpeed's own divisions."""
+    oracle = Oracle(slow_spec)
+    expected = oracle.gradient(groups)
+    found = runs[ranks, split]
+    assert found["gradient"].keys() == expected.keys()
+    for name, gradient in expected.items():
+        difference = (found["gradient"][name] - gradient).norm()
+        assert difference <= 1e-5 * gradient.norm(), f"{name}: {difference / gradient.norm()}"
+    norm = oracle.step(groups, 1)
+    assert found["metrics"]["grpo/grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert norm > slow_spec.max_grad_norm, "the test must clip"
+    for name, weight in oracle.policy.model.named_parameters():
+        torch.testing.assert_close(found["weights"][name], weight.detach(), rtol=0, atol=1e-6)
+
+
+def test_every_split_moves_the_weights_alike(runs) -> None:
+    """1 rank or 2, one micro-batch or many: the same weights to 1e-6."""
+    first = runs[1, "one"]["weights"]
+    for run in runs.values():
+        for name, weight in run["weights"].items():
+            torch.testing.assert_close(weight, first[name], rtol=0, atol=1e-6)
+
+
+def test_fresh_samples_have_ratio_one(runs) -> None:
+    """Pitfalls 10 and 22: sampler and learner agree, so nothing is clipped."""
+    for run in runs.values():
+        metrics = run["metrics"]
+        assert metrics["mismatch/max"] < 1e-5
+        assert metrics["grpo/ratio_mean"] == pytest.approx(1, abs=1e-6)
+        assert metrics["grpo/clip_fraction"] == 0
+
+
+def test_forced_tokens_have_no_gradient(runs, spec: LearnerSpec) -> None:
+    """The head's rows of ids that are always forced stay untouched."""
+    vocabulary = Family.from_pretrained(spec.policy_path).vocabulary
+    gradient = runs[2, "many"]["gradient"]["lm_head.weight"]
+    forced = [vocabulary.new_line, vocabulary.image_end, *vocabulary.grid_ids.values()]
+    assert not gradient[forced].any()
+    assert gradient[vocabulary.image_ids].any()
