@@ -1,0 +1,134 @@
+"""The directory of one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+from rl_system.runs.files import write_atomic, write_json
+
+State = Literal["running", "done", "interrupted", "failed"]
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """``runs/NAME/``; every file in it is valid at any moment."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, root: Path | str, name: str, config_yaml: str, overwrite: bool = False) -> RunDirectory:
+        """Make the directory of a new run, in state ``running``.
+
+        Args:
+            root: directory of all runs; made if missing.
+            config_yaml: the resolved configuration.
+            overwrite: move an existing run of this name aside, to NAME.1, NAME.2, ...; nothing is deleted.
+
+        Raises:
+            ValueError: ``name`` is no plain name, or there is such a run already.
+        """
+        if not _NAME.fullmatch(name):
+            raise ValueError(
+                f"run name {name!r} must consist of letters, digits, '_', '-', '.', and start with none of -."
+            )
+        path = Path(root) / name
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} exists already: choose another run name, or overwrite=true to move it aside")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            os.rename(path, _free_name(path))
+        run = cls(path)
+        path.mkdir()
+        for folder in (run.tensorboard, run.groups, run.checkpoints, run.logs):
+            folder.mkdir()
+        write_atomic(run.config, config_yaml)
+        run.set_status("running")
+        return run
+
+    @classmethod
+    def open(cls, path: Path | str) -> RunDirectory:
+        """An existing run. ValueError if ``path`` is none."""
+        run = cls(Path(path))
+        if not run.config.is_file():
+            raise ValueError(f"{path} is not the directory of a run: it has no {run.config.name}")
+        return run
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return self.path.resolve().name
+
+    @property
+    def config(self) -> Path:
+        """Resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One line of metrics per step (:mod:`rl_system.runs.sinks`)."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def timeline(self) -> Path:
+        """What every process did when (:mod:`rl_system.runs.timeline`)."""
+        return self.path / "timeline.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def groups(self) -> Path:
+        """Best and worst groups (:mod:`rl_system.runs.groups`)."""
+        return self.path / "groups"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints of the learner."""
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        """Logs of the processes."""
+        return self.path / "logs"
+
+    @property
+    def evaluation(self) -> Path:
+        """Held-out results (:mod:`rl_system.runs.evaluation_files`)."""
+        return self.path / "evaluation"
+
+    @property
+    def summary(self) -> Path:
+        """Figures of the finished run (:mod:`rl_system.runs.summary`)."""
+        return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        """The report (:mod:`rl_system.runs.report`)."""
+        return self.path / "report.html"
+
+    def set_status(self, state: State, reason: str = "") -> None:
+        """Write ``status.json``: state, reason, and the epoch seconds of the start and of this change."""
+        now = time.time()
+        started = self.status().get("started_s", now)
+        record = {"state": state, "reason": reason, "started_s": started, "changed_s": now}
+        write_json(self.path / "status.json", record)
+
+    def status(self) -> dict[str, Any]:
+        """Content of ``status.json``; empty if there is none."""
+        path = self.path / "status.json"
+        status: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        return status
+
+
+def _free_name(path: Path) -> Path:
+    return next(p for p in (path.with_name(f"{path.name}.{n}") for n in count(1)) if not p.exists())
