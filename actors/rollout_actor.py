@@ -1,0 +1,334 @@
+"""The rollout actor: a vLLM engine that writes groups of chains and takes new weights in flight.
+
+Weights and caches. A push pauses generation, loads, and resumes; running requests go on with the key/value
+blocks that the old weights wrote, and their version spans say which weights sampled which ids. A new request
+never meets old blocks: each request has its own cache salt, so blocks are shared by the G samples of one
+request and by nothing else (prompts of different images share only a few ids anyway).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from actors.errors import EngineLostError, PushLostError, StaleWeightsError
+from actors.push import IncomingPush, LoadReport, StoredPush
+from actors.samples import RawSample, build_samples, request_seed
+from actors.spec import RolloutSpec
+from actors.vllm_plugin import GRAMMAR_PROCESSOR, WEIGHT_TRANSFER_BACKEND
+from vlcot.groups import Group, Prompt, VersionSpan
+from vlcot.policy.family import Family
+from vlcot.weights import Bucket
+
+KV_BLOCK = 32
+"""Ids per key/value block: vLLM's CPU attention wants multiples of 32; small, so that short prompts are shared."""
+
+
+def process_environment(spec: RolloutSpec) -> dict[str, str]:
+    """Environment that vLLM and its child processes need; must be set before they are imported."""
+    return {
+        "OMP_NUM_THREADS": str(spec.threads),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines share the cores; binding would stack them on one
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "VLLM_NO_USAGE_STATS": "1",
+        # vLLM compiles a helper of the sampler even when eager: some seconds of g++ at the first token
+        "TORCHDYNAMO_DISABLE": "1" if spec.enforce_eager else "0",
+    }
+
+
+class RolloutActor:
+    """Samples groups with vLLM. Plain class; :mod:`actors.pool` makes it a Ray actor.
+
+    Args:
+        spec: settings.
+        index: of the replica; its engine's seed is ``spec.seed + index``.
+
+    Raises:
+        ValueError: a checkpoint is missing or is no VLCoT policy.
+    """
+
+    def __init__(self, spec: RolloutSpec, index: int) -> None:
+        spec.check_paths()
+        os.environ.update(process_environment(spec))
+        import torch
+
+        from vlcot.tokenizer.image import ImageTokenizer
+
+        torch.set_num_threads(spec.threads)
+        self.name = f"rollout-{index}"
+        self._spec = spec
+        self._family = Family.from_pretrained(spec.policy)
+        self._builder = self._family.builder
+        self._decoder = ImageTokenizer.from_pretrained(spec.image_tokenizer)
+        self._engine_seed = spec.seed + index
+        self._engine = _start_engine(spec, self._engine_seed)
+        self._version = 0
+        self._pushes: dict[int, IncomingPush] = {}
+        self._loading = asyncio.Lock()
+        self._prepared = False
+        self._broken = ""
+        self._requests = 0
+        self._clock = _BusyClock()
+        self._totals = {"tokens": 0, "groups": 0, "cached_prompt_tokens": 0, "paused_s": 0.0, "pushes": 0}
+
+    # --- life -------------------------------------------------------------------------------------------
+
+    def ping(self) -> str:
+        """Answer of a live actor (``FaultTolerantActorManager`` probes with it)."""
+        return "pong"
+
+    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call ``func`` with this actor (``FaultTolerantActorManager``'s contract)."""
+        return func(self, *args, **kwargs)
+
+    async def ready(self) -> dict[str, Any]:
+        """Wait for the engine; versions of the engines as imported here, process id, seed, weight version."""
+        import ray
+        import torch
+        import vllm
+
+        await self._prepare()
+        return {
+            "actor": self.name,
+            "vllm": vllm.__version__,
+            "torch": torch.__version__,
+            "ray": ray.__version__,
+            "pid": os.getpid(),
+            "seed": self._engine_seed,
+            "weight_version": self._version,
+        }
+
+    async def _prepare(self) -> None:
+        async with self._loading:
+            if not self._prepared:
+                await self._engine.update_weight_version(str(self._version))
+                self._prepared = True
+
+    def shutdown(self) -> None:
+        """End the engine and its processes."""
+        for push in self._pushes.values():
+            push.discard()
+        self._engine.shutdown()
+        del self._engine  # its finaliser fails once the interpreter is closing
+
+    async def statistics(self) -> dict[str, float]:
+        """Totals since the start: ``tokens`` sampled, ``groups``, ``cached_prompt_tokens``, ``busy_s`` (at least
+        one request was open), ``paused_s`` (of it paused for weights), ``pushes``; and ``weight_version``."""
+        return {**self._totals, "busy_s": self._clock.seconds(), "weight_version": self._version}
+
+    # --- generation -------------------------------------------------------------------------------------
+
+    async def generate(self, prompt: Prompt, minimum_version: int = 0) -> Group:
+        """Sample the G chains of ``prompt``: one vLLM request, reproducible from prompt, seed and weights.
+
+        Args:
+            minimum_version: weights older than this must not be used.
+
+        Raises:
+            StaleWeightsError: the actor's weights are older than ``minimum_version``.
+            EngineLostError: the engine is dead, or a push broke its weights.
+            ValueError: the prompt leaves no room for ``max_new_tokens``.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if self._broken:
+            raise EngineLostError(f"{self.name}: {self._broken}")
+        await self._prepare()
+        if self._version < minimum_version:
+            raise StaleWeightsError(f"{self.name} has weights {self._version}, {minimum_version} is asked for")
+        room = self._engine.model_config.max_model_len - len(prompt.ids)
+        if room < self._spec.max_new_tokens:
+            raise ValueError(
+                f"prompt {prompt.row_id} of {len(prompt.ids)} ids leaves {max(room, 0)} of the policy's positions, "
+                f"but rollout.max_new_tokens is {self._spec.max_new_tokens}"
+            )
+        started = time.perf_counter()
+        with self._clock:
+            try:
+                output = await self._run(prompt)
+            except EngineDeadError as error:
+                self._broken = "the vLLM engine died"
+                raise EngineLostError(f"{self.name}: the vLLM engine died") from error
+        raw = [_raw_sample(completion) for completion in output.outputs]
+        samples = await asyncio.to_thread(build_samples, self._builder, self._decoder, raw)
+        self._totals["tokens"] += sum(len(sample.ids) for sample in samples)
+        self._totals["groups"] += 1
+        self._totals["cached_prompt_tokens"] += output.num_cached_tokens or 0
+        return Group(prompt, samples, time.perf_counter() - started, self.name)
+
+    async def _run(self, prompt: Prompt) -> Any:
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            n=self._spec.group_size,
+            temperature=self._spec.temperature,
+            max_tokens=self._spec.max_new_tokens,
+            seed=request_seed(self._spec.seed, prompt.seed),
+            stop_token_ids=[self._family.vocabulary.turn_end],
+            ignore_eos=True,  # a chain ends with the turn; </s> is in no support
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self._requests += 1
+        request_id = f"{prompt.group_id}-{self._requests}"
+        tokens = tokens_input(prompt.ids.tolist(), cache_salt=request_id)
+        last = None
+        async for output in self._engine.generate(tokens, params, request_id=request_id):
+            last = output
+        if last is None:
+            raise EngineLostError(f"{self.name}: vLLM ended request {request_id} without an answer")
+        return last
+
+    # --- weights ----------------------------------------------------------------------------------------
+
+    async def begin(self, version: int, layout: Sequence[Bucket]) -> None:
+        """Expect a push of ``version``; an earlier, unfinished one of that version is dropped."""
+        if old := self._pushes.pop(version, None):
+            old.discard()
+        self._pushes[version] = IncomingPush(version, layout)
+
+    async def receive(self, version: int, index: int, data: np.ndarray) -> None:
+        """Take bucket ``index`` (uint8) of push ``version``; generation goes on.
+
+        Raises:
+            PushLostError: the push was not begun in this process.
+        """
+        await asyncio.to_thread(self._push(version).write, index, data)
+
+    async def finish(self, version: int, checksums: Mapping[str, int]) -> LoadReport:
+        """Verify what arrived, pause, load, verify what was loaded, serve ``version``, resume.
+
+        Raises:
+            PushLostError: the push was not begun in this process, or a bucket is missing.
+            RuntimeError: a checksum differs, with the tensor's name. If it differs on arrival the old weights
+                go on serving; after loading, the actor stays paused and refuses to generate.
+        """
+        push = self._push(version)
+        seconds = {"transfer": time.perf_counter() - push.started}
+        try:
+            async with self._loading:
+                await self._verify(push, checksums)
+                seconds |= await self._load(push, checksums)
+            report = push.worker_report()
+        finally:
+            del self._pushes[version]
+            push.discard()
+        self._totals["pushes"] += 1
+        return LoadReport(version, report["checksums"], report["loaded"], {**seconds, **report["seconds"]})
+
+    async def _verify(self, push: IncomingPush, checksums: Mapping[str, int]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        request = WeightTransferUpdateRequest(push.update_info("verify", checksums))
+        try:
+            await self._engine.start_weight_update()
+            await self._engine.update_weights(request)
+        except Exception as error:
+            raise RuntimeError(f"{self.name} refused weights {push.version}: {error}") from error
+
+    async def _load(self, push: IncomingPush, checksums: Mapping[str, int]) -> dict[str, float]:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        request = WeightTransferUpdateRequest(push.update_info("load", checksums))
+        started = time.perf_counter()
+        await self._engine.pause_generation(mode="keep", clear_cache=False)
+        paused = time.perf_counter()
+        try:
+            await self._engine.update_weights(request)
+            await self._engine.finish_weight_update(weight_version=str(push.version))
+        except Exception as error:
+            self._broken = f"loading weights {push.version} failed: {error}"
+            raise RuntimeError(f"{self.name}: {self._broken}") from error
+        self._version = push.version
+        self._prepared = True
+        resuming = time.perf_counter()
+        await self._engine.resume_generation()
+        done = time.perf_counter()
+        self._totals["paused_s"] += done - started
+        return {"pause": paused - started, "resume": done - resuming}
+
+    async def catch_up(self, push: StoredPush) -> int:
+        """Take a stored push unless the actor already has it or a later one. Returns the version served."""
+        if self._version < push.version:
+            await self.begin(push.version, push.layout)
+            for index, bucket in enumerate(push.buckets):
+                await self.receive(push.version, index, await bucket)
+            await self.finish(push.version, push.checksums)
+        return self._version
+
+    def _push(self, version: int) -> IncomingPush:
+        if version not in self._pushes:
+            raise PushLostError(f"{self.name} was not told of push {version}")
+        return self._pushes[version]
+
+
+class _BusyClock:
+    """Wall time during which at least one ``with`` block is open."""
+
+    def __init__(self) -> None:
+        self._open = 0
+        self._since = 0.0
+        self._total = 0.0
+
+    def __enter__(self) -> None:
+        if self._open == 0:
+            self._since = time.perf_counter()
+        self._open += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._open -= 1
+        if self._open == 0:
+            self._total += time.perf_counter() - self._since
+
+    def seconds(self) -> float:
+        """Total so far, an open block included."""
+        return self._total + (time.perf_counter() - self._since if self._open else 0.0)
+
+
+def _raw_sample(completion: Any) -> RawSample:
+    spans = tuple(VersionSpan(int(s.version), s.start, s.end) for s in completion.weight_versions or ())
+    return RawSample(list(completion.token_ids), completion.logprobs.logprobs, spans, completion.finish_reason)
+
+
+def _start_engine(spec: RolloutSpec, seed: int) -> Any:
+    from vllm.config import WeightTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from vlcot.policy.family import read_config
+
+    positions = int(read_config(spec.policy)["max_position_embeddings"])
+    return AsyncLLM.from_engine_args(
+        AsyncEngineArgs(
+            model=spec.policy,
+            skip_tokenizer_init=True,
+            generation_config="vllm",  # no sampling defaults from the checkpoint
+            dtype=spec.dtype,
+            seed=seed,
+            max_model_len=positions,
+            max_num_seqs=spec.max_num_seqs,
+            # vLLM rewinds a seeded request's generator after a partial prefill, which CPU generators cannot do
+            # (gpu_model_runner: set_offset): prompts are prefilled whole.
+            enable_chunked_prefill=False,
+            max_num_batched_tokens=max(positions, 2048),
+            block_size=KV_BLOCK,
+            enable_prefix_caching=True,
+            kv_cache_memory_bytes=None if spec.kv_cache_gib is None else int(spec.kv_cache_gib * 2**30),
+            gpu_memory_utilization=spec.gpu_memory_utilization,
+            tensor_parallel_size=spec.tensor_parallel_size,
+            enforce_eager=spec.enforce_eager,
+            logprobs_mode="processed_logprobs",
+            logits_processors=[GRAMMAR_PROCESSOR],
+            weight_transfer_config=WeightTransferConfig(backend=WEIGHT_TRANSFER_BACKEND),
+            disable_log_stats=True,
+        )
+    )

@@ -1,0 +1,98 @@
+"""The learner's end of a weight push: from buckets to every rollout actor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
+
+from actors.errors import PushLostError
+from actors.push import LoadReport
+from vlcot.weights import Bucket, PushReport
+
+PHASES = ("transfer", "verify", "pause", "load", "resume")
+
+
+class ActorWeightSink:
+    """A :class:`vlcot.weights.WeightSink` over rollout actors. Picklable.
+
+    An actor that dies during a push is left out of it: the pool brings it up to date from the store before it
+    serves again. One push at a time.
+
+    Args:
+        actors: handles of :class:`actors.rollout_actor.RolloutActor`.
+        store: handle of :class:`actors.weight_store.WeightStore`.
+        timeout_s: for each phase, after which the push fails.
+    """
+
+    def __init__(self, actors: Sequence[ActorHandle], store: ActorHandle, timeout_s: float = 600.0) -> None:
+        self._actors = list(actors)
+        self._store = store
+        self._timeout_s = timeout_s
+        self._version = -1
+        self._nbytes = 0
+        self._live: list[ActorHandle] = []
+        self._calls: list[tuple[ActorHandle, Any]] = []
+
+    def begin(self, version: int, layout: Sequence[Bucket]) -> None:
+        """Announce a push to all actors.
+
+        Raises:
+            ValueError: the version is below 1 (0 are the weights on disk).
+        """
+        if version < 1:
+            raise ValueError(f"a pushed weight version must be at least 1, got {version}")
+        layout = tuple(layout)
+        self._version = version
+        self._nbytes = sum(spec.nbytes for bucket in layout for spec in bucket)
+        self._live = list(self._actors)
+        ray.get(self._store.begin.remote(version, layout), timeout=self._timeout_s)
+        self._calls = []
+        self._call_all(lambda actor: actor.begin.remote(version, layout))
+
+    def send(self, index: int, data: np.ndarray) -> None:
+        """Hand over bucket ``index``: stored once, fetched by every actor; returns before it has arrived."""
+        bucket = ray.put(data, _owner=self._store)
+        # The store must hold the reference before this process may forget it.
+        ray.get(self._store.add.remote(index, [bucket]), timeout=self._timeout_s)
+        self._call_all(lambda actor: actor.receive.remote(self._version, index, bucket))
+
+    def finish(self, checksums: Mapping[str, int]) -> PushReport:
+        """Load on every live actor, verify each tensor, serve the new version.
+
+        Raises:
+            RuntimeError: a checksum differs or loading failed, with the tensor and the actor.
+            ray.exceptions.GetTimeoutError: an actor did not answer in time.
+        """
+        self._collect()
+        self._call_all(lambda actor: actor.finish.remote(self._version, dict(checksums)))
+        reports: list[LoadReport] = self._collect()
+        for report in reports:
+            _compare(report.checksums, checksums)
+        ray.get(self._store.commit.remote(dict(checksums)), timeout=self._timeout_s)
+        seconds = {phase: max((r.seconds[phase] for r in reports), default=0.0) for phase in PHASES}
+        return PushReport(self._version, seconds, self._nbytes, len(reports))
+
+    def _call_all(self, call: Callable[[ActorHandle], Any]) -> None:
+        self._calls += [(actor, call(actor)) for actor in self._live]
+
+    def _collect(self) -> list[Any]:
+        """Results of the open calls; an actor that died, or lost the push by a restart, leaves the push."""
+        results = []
+        for actor, reference in self._calls:
+            try:
+                results.append(ray.get(reference, timeout=self._timeout_s))
+            except (RayActorError, PushLostError):
+                self._live = [other for other in self._live if other != actor]
+        self._calls = []
+        return results
+
+
+def _compare(received: Mapping[str, int], sent: Mapping[str, int]) -> None:
+    wrong = sorted(name for name in received.keys() | sent.keys() if received.get(name) != sent.get(name))
+    if wrong:
+        raise RuntimeError(f"tensor {wrong[0]}: an actor's checksum is not the learner's ({len(wrong)} tensors differ)")

@@ -1,0 +1,44 @@
+"""Keeps the last committed push, for actors that were restarted and have only the weights on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from actors.push import StoredPush
+from vlcot.weights import Bucket
+
+
+class WeightStore:
+    """Holds object references, not bytes. Plain class; :mod:`actors.pool` makes it a Ray actor.
+
+    The sender puts each bucket with this actor as owner, so the buckets outlive the sender.
+    """
+
+    def __init__(self) -> None:
+        self._committed: StoredPush | None = None
+        self._version = -1
+        self._layout: tuple[Bucket, ...] = ()
+        self._buckets: dict[int, Any] = {}
+
+    def begin(self, version: int, layout: Sequence[Bucket]) -> None:
+        """Expect a push; one that was not committed is dropped."""
+        self._version, self._layout, self._buckets = version, tuple(layout), {}
+
+    def add(self, index: int, bucket: Sequence[Any]) -> None:
+        """Keep bucket ``index``, a reference inside a sequence (Ray would resolve a bare one)."""
+        self._buckets[index] = bucket[0]
+
+    def commit(self, checksums: Mapping[str, int]) -> None:
+        """The push is what every actor serves from now on."""
+        buckets = tuple(self._buckets[index] for index in range(len(self._layout)))
+        self._committed = StoredPush(self._version, self._layout, buckets, dict(checksums))
+        self._buckets = {}
+
+    def version(self) -> int:
+        """Version of the last committed push; 0, the weights on disk, before the first."""
+        return self._committed.version if self._committed else 0
+
+    def latest(self) -> StoredPush | None:
+        """The last committed push."""
+        return self._committed
