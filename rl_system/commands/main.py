@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 
-EXIT_OK, EXIT_ERROR, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+from rl_system.commands import exit_codes
 
 COMMANDS = {
     "train": "train VLCoT-GRPO: rl-system train experiment=toy [KEY=VALUE ...]",
@@ -19,10 +19,10 @@ def main(argv: list[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help", "help"):
         print("usage: rl-system COMMAND ...\n\n" + "\n".join(f"  {n:<8} {text}" for n, text in COMMANDS.items()))
-        return EXIT_OK if args else EXIT_BAD_INPUT
+        return exit_codes.OK if args else exit_codes.BAD_INPUT
     if args[0] not in COMMANDS:
         print(f"rl-system: unknown command '{args[0]}'; commands: {', '.join(COMMANDS)}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return exit_codes.BAD_INPUT
     command: Callable[[list[str]], int] = import_module(f"rl_system.commands.{args[0]}").run
     return command(args[1:])
 

@@ -65,7 +65,7 @@ def experiments() -> list[str]:
 
 def _explain(error: Exception) -> str:
     """Hydra's message in one line, with the allowed keys for an unknown one."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).split(" Config search path")[0]
     unknown = re.search(r"Could not override '([\w.]+)'|Key '(\w+)' (?:is )?not in", text)
     if unknown is None:
         cause = error.__cause__

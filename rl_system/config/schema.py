@@ -50,8 +50,6 @@ class RolloutConfig:
     num_gpus: float = 0
     threads: int = 1
     start_timeout_s: float = 600
-    pool_label: str = ""
-    """Value of the node label ``rl.io/pool`` that the actors need; empty: any node."""
 
 
 @dataclass
@@ -79,7 +77,6 @@ class LearnerConfig:
     num_cpus: float = 1
     use_gpu: bool = False
     threads: int = 1
-    pool_label: str = ""
 
 
 @dataclass
@@ -128,12 +125,16 @@ class GroundedSamServerConfig:
     box_threshold: float = 0.25
     text_threshold: float = 0.2
     nms_iou: float = 0.5
-    min_mask_share: float = 0.02
+    min_mask_area: float = 0.04
+    """Share of the image that a main object covers at least."""
+    min_score: float = 0.3
+    """Confidence of a main object at least."""
+    max_objects: int = 3
+    """Most main objects of an image."""
     replicas: int = 1
     num_cpus: float = 1
     num_gpus: float = 0
     threads: int = 1
-    pool_label: str = ""
 
 
 @dataclass
@@ -150,7 +151,6 @@ class VisualExpertServerConfig:
     threads: int = 1
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.9
-    pool_label: str = ""
 
 
 @dataclass

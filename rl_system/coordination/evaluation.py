@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from actors.pool import RolloutPool
 
+from actors.pool import RolloutPool
 from rl_system.coordination.scoring import Scorer
 from rl_system.data.prompts import PromptBuilder
 from rl_system.data.rows import Row, RowSource

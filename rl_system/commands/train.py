@@ -1,0 +1,86 @@
+"""``rl-system train``: the main job."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from typing import Any
+
+from rl_system.commands import exit_codes
+from rl_system.config.compose import ConfigError, load_config, to_yaml
+from rl_system.config.schema import TrainConfig
+
+
+def run(overrides: list[str]) -> int:
+    """Train; returns the exit code: 0 done, 1 error, 2 bad configuration or input, 130 interrupted."""
+    try:
+        config = load_config(overrides)
+    except ConfigError as error:
+        print(f"rl-system train: {error}", file=sys.stderr)
+        return exit_codes.BAD_INPUT
+    return _train(config)
+
+
+def _train(config: TrainConfig) -> int:
+    from rl_system import assembly  # from here on the heavy packages are needed
+    from rl_system.runs.directory import RunDirectory
+    from rl_system.runs.report import build_report
+    from rl_system.runs.summary import write_summary
+
+    try:
+        source = assembly.row_source(config)
+        assembly.check_resources(config)
+        run = RunDirectory.create(config.output_dir, config.name, to_yaml(config), config.overwrite)
+    except ValueError as error:
+        print(f"rl-system train: {error}", file=sys.stderr)
+        return exit_codes.BAD_INPUT
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        summary = _execute(config, run, source)
+        write_summary(run, summary)
+        run.set_status("done")
+        code = exit_codes.OK
+    except KeyboardInterrupt:
+        run.set_status("interrupted", "stopped by a signal")
+        print(f"rl-system train: interrupted; what was done is in {run.path}", file=sys.stderr)
+        summary, code = None, exit_codes.INTERRUPTED
+    except Exception as error:
+        run.set_status("failed", f"{type(error).__name__}: {error}")
+        print(f"rl-system train: {type(error).__name__}: {error}\nlogs: {run.path}/logs", file=sys.stderr)
+        if os.environ.get("RL_SYSTEM_TRACEBACK"):
+            raise
+        summary, code = None, exit_codes.ERROR
+    report = build_report(run)
+    if summary is not None:
+        from rl_system.runs.progress import print_summary
+
+        print_summary(summary, report)
+    return code
+
+
+def _execute(config: TrainConfig, run: Any, source: Any) -> dict[str, Any]:
+    import ray
+
+    from rl_system.runs.progress import Progress
+    from rl_system.runs.sinks import CompositeSink, JsonlSink, TensorBoardSink
+    from rl_system.training import NAMESPACE, TrainingRun
+
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if config.cluster.address == "local" else "token")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    sink = CompositeSink([JsonlSink(run.metrics), TensorBoardSink(run.tensorboard)])
+    with Progress() as progress:
+        progress.stage("starting Ray")
+        ray.init(
+            address=None if config.cluster.address == "local" else config.cluster.address,
+            num_cpus=config.cluster.num_cpus if config.cluster.address == "local" else None,
+            namespace=NAMESPACE,
+            include_dashboard=False if config.cluster.address == "local" else None,
+            log_to_driver=False,
+        )
+        try:
+            return asyncio.run(TrainingRun(config, run, source, sink, progress).execute())
+        finally:
+            sink.close()
+            ray.shutdown()
