@@ -18,8 +18,9 @@ def run(args: list[str]) -> int:
     except SystemExit as stop:  # of --help, or of arguments that argparse has already complained about
         return int(stop.code or 0)
     try:
-        print(build_report(RunDirectory.open(options.run_directory)))
+        directory = RunDirectory.open(options.run_directory)
     except ValueError as error:
         print(f"rl-system report: {error}", file=sys.stderr)
         return 2
+    print(build_report(directory))
     return 0

@@ -8,14 +8,14 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rl_system.runs.directory import RunDirectory
 from rl_system.runs.evaluated import EvaluatedPrompt
 from rl_system.runs.files import write_json
 from rl_system.runs.pictures import write_chain_pictures, write_png
 
-Moment = Literal["before", "after"]
+MOMENTS = ("before", "after")
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,17 @@ class StoredEvaluation:
     prompts: tuple[Mapping[str, Any], ...]
 
 
-def write_evaluation(run: RunDirectory, moment: Moment, prompts: Sequence[EvaluatedPrompt], pictures: int) -> None:
-    """Write ``evaluation/MOMENT/``: the figures of every prompt, pictures of the first ``pictures`` of them."""
+def write_evaluation(run: RunDirectory, moment: str, prompts: Sequence[EvaluatedPrompt], pictures: int) -> None:
+    """Write ``evaluation/MOMENT/``: the figures of every prompt, pictures of the first ``pictures`` of them.
+
+    Args:
+        moment: ``before`` or ``after`` training.
+
+    Raises:
+        ValueError: any other moment.
+    """
+    if moment not in MOMENTS:
+        raise ValueError(f"moment is {moment!r}; it must be one of {', '.join(MOMENTS)}")
     folder = run.evaluation / moment
     unfinished = folder.with_name(f"{moment}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -44,7 +53,7 @@ def write_evaluation(run: RunDirectory, moment: Moment, prompts: Sequence[Evalua
     os.rename(unfinished, folder)
 
 
-def read_evaluation(run: RunDirectory, moment: Moment) -> StoredEvaluation | None:
+def read_evaluation(run: RunDirectory, moment: str) -> StoredEvaluation | None:
     """What :func:`write_evaluation` wrote, None if it has not."""
     path = run.evaluation / moment / "evaluation.json"
     return StoredEvaluation(path.parent, tuple(json.loads(path.read_text()))) if path.exists() else None

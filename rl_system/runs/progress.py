@@ -80,8 +80,8 @@ class Progress:
         parts = []
         if self._rewards:
             parts.append(f"reward {sum(self._rewards) / len(self._rewards):.3f}")
-        if "throughput/tokens_per_s" in metrics:
-            parts.append(f"{metrics['throughput/tokens_per_s']:,.0f} tokens/s")
+        if "throughput/sampled_tokens_per_s" in metrics:
+            parts.append(f"{metrics['throughput/sampled_tokens_per_s']:,.0f} tokens/s")
         if "staleness/max" in metrics:
             parts.append(f"staleness {metrics['staleness/max']:.0f}")
         if counts:

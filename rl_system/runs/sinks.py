@@ -11,6 +11,7 @@ from typing import Protocol
 
 from tensorboardX import SummaryWriter
 
+from rl_system.runs.directory import RunDirectory
 from rl_system.runs.files import JsonLines, read_json_lines
 
 _RESERVED = ("step", "time_s", "nonfinite")
@@ -81,6 +82,11 @@ class CompositeSink:
         """Close each sink."""
         for sink in self._sinks:
             sink.close()
+
+
+def open_sinks(run: RunDirectory) -> MetricSink:
+    """All sinks of a run: ``metrics.jsonl`` and ``tensorboard/``."""
+    return CompositeSink([JsonlSink(run.metrics), TensorBoardSink(run.tensorboard)])
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,12 +45,12 @@ def build_summary(
     after: Sequence[EvaluatedPrompt],
     *,
     seed: int,
-    kl_final: float,
+    kl_final: float | None,
     steps: int,
     groups_trained: int,
     wall_s: float,
-    max_staleness_seen: int,
-    engines: Mapping[str, str],
+    max_staleness_seen: float,
+    engines: Mapping[str, Any],
     weight_checksum_match: bool,
 ) -> dict[str, Any]:
     """The figures of ``summary.json``.
@@ -76,7 +77,7 @@ def build_summary(
         "ssim_before": _mean([b.ssim for b, _ in restored]),
         "ssim_after": _mean([a.ssim for _, a in restored]),
         "prompts": len(before),
-        "kl_final": float(kl_final),
+        "kl_final": kl_final,
         "steps": int(steps),
         "groups_trained": int(groups_trained),
         "wall_s": float(wall_s),
@@ -92,6 +93,12 @@ def write_summary(run: RunDirectory, summary: Mapping[str, Any]) -> None:
     """Write ``summary.json``. ValueError if a figure is not finite."""
     _refuse_nonfinite(summary)
     write_json(run.summary, dict(summary))
+
+
+def read_summary(run: RunDirectory) -> dict[str, Any] | None:
+    """What :func:`write_summary` wrote, None if it has not."""
+    summary: dict[str, Any] | None = json.loads(run.summary.read_text()) if run.summary.exists() else None
+    return summary
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

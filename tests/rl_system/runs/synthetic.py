@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from rl_system.runs.evaluated import EvaluatedPrompt
-from toy.photographs import crop
+from toy.photographs import Captions, Split, crop
 from vlcot.groups import Absent, Failed, Group, Prompt, Sample, Score, Scored, ScoredGroup, VersionSpan
 from vlcot.sequence import ParsedChain
 
@@ -15,6 +15,12 @@ HOSTILE = "<script>alert('model text')</script> a cat & a cup"
 
 def resized(image: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
+
+
+def photographed(index: int, split: Split, side: int) -> tuple[np.ndarray, Captions]:
+    """uint8 [side, side, 3] crop of a photograph, and its captions."""
+    cropped = crop(index, split, size=64)
+    return resized(cropped.image, side), cropped.captions
 
 
 def chain(texts: tuple[str | None, ...], errors: tuple[str, ...] = ()) -> ParsedChain:
@@ -39,15 +45,15 @@ def sample(hq: np.ndarray, texts: tuple[str | None, ...], noise: float, seed: in
 
 def scored_group(number: int, mean: float, samples: int = 4, side: int = 64, failed: int | None = None) -> ScoredGroup:
     """A group whose samples' totals have the mean ``mean``; sample ``failed`` has no reward."""
-    photograph = crop(number, "train", size=side)
-    texts = ("[heavy blur, light noise]", photograph.captions.coarse, HOSTILE, photograph.captions.fine)
-    chains = tuple(sample(photograph.image, texts, 12.0, 10 * number + i, final=i != 1) for i in range(samples))
+    hq, captions = photographed(number, "train", side)
+    texts = ("[heavy blur, light noise]", captions.coarse, HOSTILE, captions.fine)
+    chains = tuple(sample(hq, texts, 12.0, 10 * number + i, final=i != 1) for i in range(samples))
     prompt = Prompt(
         f"train/{number}",
         f"row-{number}",
         100 + number,
         np.zeros(3, np.int32),
-        resized(photograph.image, side // 4),
+        resized(hq, side // 4),
         "[light blur, light noise]",
     )
     spread = np.linspace(-0.1, 0.1, samples)
@@ -73,8 +79,8 @@ def evaluated(count: int, gain: float, side: int = 64) -> list[EvaluatedPrompt]:
     """Held-out prompts; every third has no object, and prompt 1 no final image."""
     prompts = []
     for i in range(count):
-        photograph = crop(i, "heldout", size=side)
-        texts = ("[light blur]", photograph.captions.coarse, HOSTILE, photograph.captions.fine)
+        hq, captions = photographed(i, "heldout", side)
+        texts = ("[light blur]", captions.coarse, HOSTILE, captions.fine)
         understanding = None if i % 3 == 2 else min(1.0, 0.4 + gain)
         prompts.append(
             EvaluatedPrompt(
@@ -88,10 +94,10 @@ def evaluated(count: int, gain: float, side: int = 64) -> list[EvaluatedPrompt]:
                 },
                 psnr=None if i == 1 else 20.0 + i / 4 + gain,
                 ssim=None if i == 1 else 0.5 + gain / 10,
-                lr=resized(photograph.image, side // 4),
-                hq=photograph.image,
+                lr=resized(hq, side // 4),
+                hq=hq,
                 degradation="[light blur, light noise]",
-                example=sample(photograph.image, texts, 20 * (1 - gain), i, final=i != 1),
+                example=sample(hq, texts, 20 * (1 - gain), i, final=i != 1),
             )
         )
     return prompts

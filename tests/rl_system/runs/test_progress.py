@@ -12,7 +12,7 @@ from rl_system.runs.progress import Progress, print_summary
 
 pytestmark = pytest.mark.unit
 
-METRICS = {"reward/total": 2.0, "throughput/tokens_per_s": 1234.0, "staleness/max": 1.0}
+METRICS = {"reward/total": 2.0, "throughput/sampled_tokens_per_s": 1234.0, "staleness/max": 1.0}
 
 
 def test_a_pipe_gets_one_line_per_stage_and_step():
