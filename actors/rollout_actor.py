@@ -36,6 +36,7 @@ def process_environment(spec: RolloutSpec) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines share the cores; binding would stack them on one
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",  # the CPU worker does not leave by itself
         # vLLM compiles a helper of the sampler even when eager: some seconds of g++ at the first token
         "TORCHDYNAMO_DISABLE": "1" if spec.enforce_eager else "0",
     }

@@ -132,4 +132,5 @@ def engine(checkpoints: Checkpoints):
     engine.run(engine.actor.ready())
     yield engine
     engine.actor.shutdown()
+    engine.run(asyncio.sleep(0.1))  # lets vLLM's own tasks end before their loop does
     engine.loop.close()
