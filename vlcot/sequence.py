@@ -34,7 +34,8 @@ CHAIN_TAGS = (
     "final_image",
 )
 _ANY_TAG = re.compile(r"</?(?:" + "|".join(CHAIN_TAGS) + r")>")
-_OPEN, _CLOSE = "\ue000", "\ue001"  # stand for image blocks in decoded text; removed from model text
+_OPEN, _CLOSE = "\ue000", "\ue001"  # stand for image blocks in decoded text; U+FFFD where the model writes them
+_MARKS = re.compile(f"[{_OPEN}{_CLOSE}]")
 _IMAGE_MARK = re.compile(f"{_OPEN}([0-9]+|x){_CLOSE}")
 
 
@@ -81,9 +82,9 @@ def image_block(vocabulary: Vocabulary, codes: np.ndarray, grid_unit: int) -> li
         ValueError: a side that no grid token describes, or a code outside the codebook.
     """
     rows, columns = codes.shape
+    template = Grammar(vocabulary, ((rows, columns),), grid_unit).blocks[0]
     if codes.min() < 0 or codes.max() >= len(vocabulary.image_ids):
         raise ValueError(f"image codes must lie in 0..{len(vocabulary.image_ids) - 1}")
-    template = Grammar(vocabulary, ((rows, columns),), grid_unit).blocks[0]
     flat = iter(vocabulary.image_ids[codes.reshape(-1)].tolist())
     return [vocabulary.image_start, *(next(flat) if i < 0 else i for i in template)]
 
@@ -128,8 +129,17 @@ class SequenceBuilder:
         Args:
             texts: degradation, coarse, middle, fine description.
             codes: int codes [h, w] of the coarse, middle and final image.
+
+        Raises:
+            ValueError: a text is empty or holds a tag, or an image has not the grid of its step.
         """
         text_of = dict(zip(TEXT_TAGS, texts, strict=True))
+        for tag, text in text_of.items():
+            if not text.strip() or _ANY_TAG.search(text):
+                raise ValueError(f"the text of <{tag}> must be non-empty and free of chain tags, got {text!r}")
+        shapes = tuple(tuple(c.shape) for c in codes)
+        if shapes != self.grammar.grids:
+            raise ValueError(f"the chain's images must have {self.grammar.grids} codes, got {shapes}")
         codes_of = dict(zip(IMAGE_TAGS, codes, strict=True))
         ids: list[int] = []
         pending = ""
@@ -155,7 +165,8 @@ class SequenceBuilder:
             if blocks[tag] is not None and (image is None or image.shape != grid):
                 errors.append(f"<{tag}> does not hold exactly one complete image of {grid[0]}x{grid[1]} codes")
             codes.append(image if image is not None and image.shape == grid else None)
-        return ParsedChain(*(texts[t] for t in TEXT_TAGS), tuple(codes), tuple(errors))
+        degradation, coarse, middle, fine = (texts[t] for t in TEXT_TAGS)
+        return ParsedChain(degradation, coarse, middle, fine, tuple(codes), tuple(errors))
 
     def _flatten(self, ids: list[int]) -> tuple[str, list[np.ndarray], list[str]]:
         """Text with image marks, the complete images, and what was wrong on the way."""
@@ -164,15 +175,17 @@ class SequenceBuilder:
         images: list[np.ndarray] = []
         errors: list[str] = []
         run: list[int] = []
+        stray: list[int] = []
         end = ids.index(v.turn_end) if v.turn_end in ids else len(ids)
         if end == len(ids):
             errors.append("the chain does not end with the end of the turn")
         elif end != len(ids) - 1:
             errors.append("ids follow the end of the turn")
+        ids = ids[:end]
 
         def flush() -> None:
             if run:
-                parts.append(self._decode(run).replace(_OPEN, "").replace(_CLOSE, ""))
+                parts.append(_MARKS.sub("\ufffd", self._decode(run)))
                 run.clear()
 
         position = 0
@@ -180,7 +193,7 @@ class SequenceBuilder:
             token = ids[position]
             if token == v.image_start:
                 flush()
-                codes, position = self._read_image(ids[:end], position + 1)
+                codes, position = self._read_image(ids, position + 1)
                 if codes is None:
                     errors.append("an image is incomplete")
                     parts.append(f"{_OPEN}x{_CLOSE}")
@@ -191,9 +204,11 @@ class SequenceBuilder:
             if 0 <= token < v.size and v.is_text[token]:
                 run.append(token)
             else:
-                errors.append(f"id {token} stands outside of any image")
+                stray.append(token)
             position += 1
         flush()
+        if stray:
+            errors.append(f"{len(stray)} ids are neither text nor part of an image, the first is {stray[0]}")
         return "".join(parts), images, errors
 
     def _read_image(self, ids: list[int], start: int) -> tuple[np.ndarray | None, int]:

@@ -14,6 +14,7 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        tokenizer.encode_special_tokens = True  # a caption that spells "<eoss>" must not become image ids
 
     @classmethod
     def from_file(cls, path: str | Path) -> TextTokenizer:
