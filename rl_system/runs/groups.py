@@ -76,8 +76,12 @@ class GroupStore:
 
 def read_groups(directory: Path) -> list[KeptGroup]:
     """The kept groups, best first; none if there is no such directory."""
-    folders = [p.parent for p in directory.glob(f"[0-9]*/{_RECORD}")]
-    groups = [KeptGroup(f, json.loads((f / _RECORD).read_text())) for f in sorted(folders)]
+    groups = []
+    for folder in sorted(p for p in directory.glob("[0-9]*") if p.suffix != _UNFINISHED):
+        try:
+            groups.append(KeptGroup(folder, json.loads((folder / _RECORD).read_text())))
+        except FileNotFoundError:  # a running store has just replaced it
+            continue
     return sorted(groups, key=lambda group: -group.mean_total)
 
 

@@ -116,7 +116,7 @@ def _comparison(before: StoredEvaluation, after: StoredEvaluation | None, seed: 
         value: float | None = prompt["components"][name] if name in COMPONENTS else prompt[name]
         return value
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in ("total", *COMPONENTS, "psnr", "ssim"):
         old = [figure(p, name) for p in before.prompts]
         if after is None:
@@ -227,15 +227,20 @@ def _groups(groups: Sequence[KeptGroup]) -> dict[str, Any]:
     worst = groups[max(len(best), len(groups) - _SHOWN_GROUPS) :][::-1]
     pictures = PictureInliner(_GROUP_BYTES)
     ends = {"Best groups": best, "Worst groups": worst}
-    return {"groups": {title: [_group_view(g, pictures) for g in chosen] for title, chosen in ends.items() if chosen}}
+    views = {title: [_group_view(group, pictures) for group in chosen] for title, chosen in ends.items()}
+    return {"groups": {title: [v for v in shown if v is not None] for title, shown in views.items() if shown}}
 
 
-def _group_view(group: KeptGroup, pictures: PictureInliner) -> dict[str, Any]:
-    samples = []
-    for sample in group.record["samples"]:
-        inlined = [(stage, pictures.inline_file(group.folder, sample["pictures"].get(stage))) for stage in STAGES]
-        samples.append({**sample, "pictures": inlined})
-    return {**group.record, "lr": pictures.inline_file(group.folder, "lr.png"), "samples": samples}
+def _group_view(group: KeptGroup, pictures: PictureInliner) -> dict[str, Any] | None:
+    """None if the run, which may still go on, has just replaced the group."""
+    try:
+        samples = []
+        for sample in group.record["samples"]:
+            inlined = [(stage, pictures.inline_file(group.folder, sample["pictures"].get(stage))) for stage in STAGES]
+            samples.append({**sample, "pictures": inlined})
+        return {**group.record, "lr": pictures.inline_file(group.folder, "lr.png"), "samples": samples}
+    except FileNotFoundError:
+        return None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -137,6 +137,8 @@ def test_the_report_shows_gains_curves_pictures_groups_and_the_time_line(finishe
     # 6 groups (three best, three worst) of the LR image and 4 x 3 images, one less each
     assert len(page.attributes("src")) == 8 * 9 - 2 + 6 * (1 + 4 * 3 - 1)
     assert "the visual expert did not answer" in text and "no main object was found" in text
+    # the learner works 4 s of every step of 8 s; the run lasts from 8 s to 251.5 s after the origin
+    assert f"learner {100 * 30 * 4 / 243.5:.0f} %" in text and "all events are in timeline.jsonl" in text
     assert text.count("mean reward") == 6 and "image-rendering: pixelated" in html
     assert len(html) < 6_000_000
 
@@ -168,6 +170,16 @@ def test_a_run_that_has_just_begun_or_failed_has_a_report_too(tmp_path, capsys):
     assert main(["report", str(run.path)]) == 0
     html = run.report.read_text()
     assert "is <b>1.500</b> before training" in html and "&lt;b&gt;the detector&lt;/b&gt; did not answer" in html
+
+
+def test_a_group_that_the_run_replaces_meanwhile_is_left_out(tmp_path):
+    run = RunDirectory.create(tmp_path, "toy", "")
+    store = GroupStore(run.groups, keep=2)
+    for i in range(2):
+        store.offer(scored_group(i, 1.0 + i, side=16))
+    (run.groups / "000000" / "lr.png").unlink()
+    (run.groups / "000001" / "group.json").rename(run.groups / "moved")
+    assert "mean reward" not in build_report(run).read_text()
 
 
 def test_a_directory_that_is_no_run_is_refused_with_exit_code_2(tmp_path, capsys):
