@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def build_report(run: RunDirectory) -> Path:
         now=time.strftime("%Y-%m-%d %H:%M:%S"),
         config=run.config.read_text(),
         summary=summary,
-        engines=dict(_flat(summary["engines"])) if summary else {},
+        engines=yaml.safe_dump(summary["engines"], sort_keys=False) if summary else "",
         components=COMPONENTS,
         **_held_out(run),
         **_training(read_metrics(run.metrics)),
@@ -83,14 +83,6 @@ def build_report(run: RunDirectory) -> Path:
     )
     write_atomic(run.report, html)
     return run.report
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name} ")
-        else:
-            yield f"{prefix}{name}", str(value)
 
 
 def _held_out(run: RunDirectory) -> dict[str, Any]:

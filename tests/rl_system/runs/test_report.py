@@ -25,7 +25,7 @@ from vlcot.rewards import COMPONENTS
 
 pytestmark = pytest.mark.unit
 
-_ENGINES = {"rollout": {"vllm": "0.32.0"}, "learner": {"deepspeed": "0.19.8", "ray": "2.60.0"}}
+_ENGINES = {"rollout": [{"actor": "actor-0", "vllm": "0.32.0"}], "learner": {"deepspeed": "0.19.8", "ray": "2.60.0"}}
 _VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
@@ -128,7 +128,7 @@ def test_the_report_shows_gains_curves_pictures_groups_and_the_time_line(finishe
     _, html, page = finished
     text = re.sub(r"\s+", " ", page.text)
     assert "went from 1.500 before training to 1.856 after it: +0.356" in text
-    for part in ("Total reward", "PSNR (dB)", "never part of a reward", "rollout vllm", "0.32.0", "seed: 3"):
+    for part in ("Total reward", "PSNR (dB)", "never part of a reward", "vllm: 0.32.0", "seed: 3"):
         assert part in text
     labels = page.attributes("aria-label")
     assert {*COMPONENTS, "total", "KL to the reference", "clip fraction", "staleness (versions)"} <= set(labels)
