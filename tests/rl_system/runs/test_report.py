@@ -155,7 +155,7 @@ def test_large_pictures_of_large_groups_stay_within_six_megabytes(tmp_path):
     run = RunDirectory.create(tmp_path, "large", "")
     store = GroupStore(run.groups, keep=1)
     for i in range(2):
-        store.offer(scored_group(i, 1.0 + i, samples=16, side=256))
+        store.offer(scored_group(i, 1.0 + i, samples=24, side=256))
     html = build_report(run).read_text()
     assert 2_000_000 < len(html) < 6_000_000 and "left out" in html
 
