@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from rl_system.commands.main import main
+from rl_system.runs import report
 from rl_system.runs.charts import Line, line_chart, moving_mean
 from rl_system.runs.directory import RunDirectory
 from rl_system.runs.evaluation_files import write_evaluation
@@ -151,13 +152,15 @@ def test_the_summary_and_the_table_agree(finished):
     assert [float(value) for value in row.groups()] == pytest.approx(expected, abs=6e-4)
 
 
-def test_large_pictures_of_large_groups_stay_within_six_megabytes(tmp_path):
+def test_pictures_beyond_the_budget_are_left_out_and_said_to_be(tmp_path, monkeypatch):
+    assert report._STRIP_BYTES + report._GROUP_BYTES < 5_500_000  # the rest of a report is text
     run = RunDirectory.create(tmp_path, "large", "")
-    store = GroupStore(run.groups, keep=1)
-    for i in range(2):
-        store.offer(scored_group(i, 1.0 + i, samples=24, side=256))
-    html = build_report(run).read_text()
-    assert 2_000_000 < len(html) < 6_000_000 and "left out" in html
+    GroupStore(run.groups, keep=1).offer(scored_group(0, 1.0, samples=4, side=256))
+    whole = build_report(run).read_text()
+    monkeypatch.setattr(report, "_GROUP_BYTES", 60_000)
+    cut = build_report(run).read_text()
+    assert "left out" not in whole and "left out" in cut and "data:image/jpeg" in cut
+    assert sum(len(uri) for uri in Page(cut).attributes("src")) <= 60_000 < len(whole) - 60_000
 
 
 def test_a_run_that_has_just_begun_or_failed_has_a_report_too(tmp_path, capsys):
