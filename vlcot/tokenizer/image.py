@@ -37,7 +37,7 @@ class ImageTokenizer:
         if not (Path(path) / "config.json").is_file():
             raise FileNotFoundError(f"no VQ checkpoint at {path}: config.json is missing")
         model = JanusVQVAE.from_pretrained(str(path), dtype=torch.float32, local_files_only=True)
-        return cls(model.to(device))
+        return cls(model.to(device))  # type: ignore[arg-type]  # transformers wraps `to` without its types
 
     @torch.no_grad()
     def encode(self, images: np.ndarray | torch.Tensor) -> torch.Tensor:
