@@ -56,9 +56,7 @@ class ActorWeightSink:
 
     def send(self, index: int, data: np.ndarray) -> None:
         """Hand over bucket ``index``: stored once, fetched by every actor; returns before it has arrived."""
-        bucket = ray.put(data, _owner=self._store)
-        # The store must hold the reference before this process may forget it.
-        ray.get(self._store.add.remote(index, [bucket]), timeout=self._timeout_s)
+        (bucket,) = ray.get(self._store.put.remote(index, data), timeout=self._timeout_s)
         self._call_all(lambda actor: actor.receive.remote(self._version, index, bucket))
 
     def finish(self, checksums: Mapping[str, int]) -> PushReport:

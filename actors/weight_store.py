@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+
+import numpy as np
+import ray
 
 from actors.push import StoredPush
 from vlcot.weights import Bucket
 
 
 class WeightStore:
-    """Holds object references, not bytes. Plain class; :mod:`actors.pool` makes it a Ray actor.
+    """Owns the buckets of the last push. Plain class; :mod:`actors.pool` makes it a Ray actor.
 
-    The sender puts each bucket with this actor as owner, so the buckets outlive the sender.
+    Ray frees an object with its owner; owned here, the buckets outlive the learner that sent them.
     """
 
     def __init__(self) -> None:
         self._committed: StoredPush | None = None
         self._version = -1
         self._layout: tuple[Bucket, ...] = ()
-        self._buckets: dict[int, Any] = {}
+        self._buckets: dict[int, ray.ObjectRef] = {}
 
     def begin(self, version: int, layout: Sequence[Bucket]) -> None:
         """Expect a push; one that was not committed is dropped."""
         self._version, self._layout, self._buckets = version, tuple(layout), {}
 
-    def add(self, index: int, bucket: Sequence[Any]) -> None:
-        """Keep bucket ``index``, a reference inside a sequence (Ray would resolve a bare one)."""
-        self._buckets[index] = bucket[0]
+    def put(self, index: int, data: np.ndarray) -> list[ray.ObjectRef]:
+        """Keep bucket ``index``; its reference, in a list (Ray would resolve a bare one)."""
+        self._buckets[index] = ray.put(data)
+        return [self._buckets[index]]
 
     def commit(self, checksums: Mapping[str, int]) -> None:
         """The push is what every actor serves from now on."""

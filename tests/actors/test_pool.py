@@ -50,7 +50,7 @@ def push(sink, version, model):
 
 def test_pool_survives_the_death_of_its_actor(cluster, checkpoints, tmp_path):
     """The restarted actor has the pushed weights, not those on disk, before it writes the same group again."""
-    pool = RolloutPool(checkpoints.spec(), 1)
+    pool = RolloutPool(checkpoints.spec(), 1, start_timeout_s=600)
     pool.start()
     try:
         asyncio.run(life_and_death(pool, checkpoints, lively_policy(tmp_path / "other", seed=1)))
