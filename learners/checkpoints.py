@@ -25,11 +25,12 @@ def save_checkpoint(policy: ShardedPolicy, step: int, metrics: dict[str, float])
     """Commit shards, optimiser, step and RNG state of every rank as one checkpoint of the run. Collective.
 
     Each rank writes its own part; Ray Train copies the parts into one directory, commits it when all are there
-    and removes those beyond the retention.
+    and removes those beyond the retention. Returns once it is committed: a rank that dies now restarts here.
     """
     with tempfile.TemporaryDirectory(prefix="learner-") as directory:
         policy.save(directory, {"step": step, "rng": torch.get_rng_state(), "ranks": dist.get_world_size()})
         ray.train.report({**metrics, "step": step}, checkpoint=ray.train.Checkpoint.from_directory(directory))
+    ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)
 
 
 def restore_checkpoint(policy: ShardedPolicy) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
 
 from learners.loop import LoopConfig, train_loop
 from learners.protocols import BatchSource, ProgressSink
@@ -13,14 +16,17 @@ from learners.spec import LearnerSpec
 from vlcot.policy.family import read_config
 from vlcot.weights import WeightSink
 
+ray_train: Any = ray.train
+"""Ray Train v2, the default since Ray 2.51; type checkers see the names of v1."""
+
 
 @dataclass(frozen=True)
 class LearnerResult:
-    """``steps`` done, the exported policy, and the newest checkpoint (None when no step was made)."""
+    """``steps`` done, the exported policy, and the newest checkpoint (None when no step was ever made)."""
 
     steps: int
     policy_path: Path
-    checkpoint_path: Path
+    checkpoint_path: Path | None
 
 
 class LearnerGroup:
@@ -39,7 +45,7 @@ class LearnerGroup:
 
     Raises:
         FileNotFoundError: no checkpoint at ``policy_path`` or ``reference_path``.
-        ValueError: ``bfloat16`` without a GPU, or a directory that holds no policy.
+        ValueError: a ``config.json`` that cannot be read.
     """
 
     def __init__(
@@ -84,6 +90,7 @@ class LearnerGroup:
 
         Raises:
             TimeoutError: still running.
+            RuntimeError: the group was not started.
             ray.train.TrainingFailedError: training failed; also in :attr:`error`.
         """
         self._thread.join(timeout)
@@ -91,8 +98,7 @@ class LearnerGroup:
             raise TimeoutError(f"learner group {self._name} is still running after {timeout} s")
         if self.error is not None:
             raise self.error
-        if self._result is None:
-            raise RuntimeError(f"learner group {self._name} was not started")
+        assert self._result is not None  # _run sets one of the two
         return self._result
 
     def _run(self) -> None:
@@ -102,27 +108,24 @@ class LearnerGroup:
             self.error = error
 
     def _fit(self) -> LearnerResult:
-        os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
-        from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
-
-        trainer = TorchTrainer(
+        trainer = ray_train.torch.TorchTrainer(
             train_loop,
             train_loop_config={"loop": self._loop},
-            torch_config=TorchConfig(backend="nccl" if self._spec.use_gpu else "gloo"),
-            scaling_config=ScalingConfig(
+            torch_config=ray_train.torch.TorchConfig(backend="nccl" if self._spec.use_gpu else "gloo"),
+            scaling_config=ray_train.ScalingConfig(
                 num_workers=self._spec.ranks, use_gpu=self._spec.use_gpu, resources_per_worker=self._resources
             ),
-            run_config=RunConfig(
+            run_config=ray_train.RunConfig(
                 name=self._name,
                 storage_path=str(self._storage),
-                failure_config=FailureConfig(max_failures=self._spec.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=self._spec.keep_checkpoints),
+                failure_config=ray_train.FailureConfig(max_failures=self._spec.max_failures),
+                checkpoint_config=ray_train.CheckpointConfig(num_to_keep=self._spec.keep_checkpoints),
                 worker_runtime_env={"env_vars": _worker_environment(self._spec)},
             ),
         )
         result = trainer.fit()
-        return LearnerResult(int(result.return_value), self.policy_path, Path(result.checkpoint.path))
+        checkpoint = Path(result.checkpoint.path) if result.checkpoint else None
+        return LearnerResult(int(result.return_value), self.policy_path, checkpoint)
 
 
 def _worker_environment(spec: LearnerSpec) -> dict[str, str]:

@@ -28,7 +28,7 @@ class Publisher:
 
     def checksums(self) -> dict[str, int]:
         """CRC-32 of every whole tensor on rank 0; empty on the others."""
-        found = {}
+        found: dict[str, int] = {}
         for bucket in self._layout:
             with gathered([self._parameters[spec.name] for spec in bucket]):
                 if self._leader:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from learners.spec import LearnerSpec
 from tests.families import random_policy
 from vlcot.grpo import LossConfig
+from vlcot.policy.model import VlcotForCausalLM
 
 
 @pytest.fixture(scope="session")
@@ -21,15 +23,28 @@ def policy_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def reference_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another random policy, so that the KL is not zero."""
+    """The policy with noise, so that the KL is not zero."""
     path = tmp_path_factory.mktemp("learners") / "reference"
-    random_policy(path, seed=1)
+    random_policy(path, seed=0)
+    perturb(VlcotForCausalLM.from_pretrained(path), 0.02).save_pretrained(path)
     return path
+
+
+def perturb(model: VlcotForCausalLM, scale: float) -> VlcotForCausalLM:
+    """Add seeded noise of standard deviation ``scale`` to every weight."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return model
 
 
 @pytest.fixture(scope="session")
 def spec(policy_path: Path, reference_path: Path) -> LearnerSpec:
-    """Settings with everything that the oracle knows switched on."""
+    """Settings with everything that the oracle knows switched on.
+
+    The rate is low because AdamW's first updates are lr * sign(gradient), also where the gradient is rounding noise.
+    """
     return LearnerSpec(
         policy_path=str(policy_path),
         reference_path=str(reference_path),
@@ -37,7 +52,7 @@ def spec(policy_path: Path, reference_path: Path) -> LearnerSpec:
         groups_per_step=3,
         temperature=0.9,
         max_staleness=1,
-        learning_rate=1e-3,
+        learning_rate=1e-4,
         weight_decay=0.1,
         warmup_steps=2,
         schedule="cosine",

@@ -69,7 +69,7 @@ def scored_groups(
         rng = np.random.default_rng(1000 * seed + g)
         prompt = rng.choice(policy.family.vocabulary.text_ids, PROMPT_LENGTHS[g % 3]).astype(np.int32)
         samples = []
-        for i in range(size):
+        for _ in range(size):
             ids = random_chain(policy.family.grammar, int(rng.integers(20, 48)), seed=int(rng.integers(1 << 30)))
             samples.append(_sample(policy, prompt, ids, version))
         failed = invalid if g == 0 else 0

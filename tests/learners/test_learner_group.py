@@ -1,6 +1,6 @@
 """One Ray Train run on two ranks, one of which dies on the way, against plain torch.
 
-Step 1 trains fresh samples, step 2 stale ones, step 3 fresh ones of version 2, step 4 has no trainable group,
+Step 1 trains fresh samples, step 2 ones of an older, different policy, step 3 fresh ones of version 2, step 4 has no trainable group,
 step 5 fresh ones of version 4. Rank 1 dies before step 4; the last checkpoint is that of step 2.
 """
 
@@ -10,7 +10,6 @@ import copy
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -22,6 +21,7 @@ import torch
 from learners.launch import LearnerGroup, LearnerResult
 from learners.spec import LearnerSpec
 from tests.learners.actors import Counterpart, Remote
+from tests.learners.conftest import perturb
 from tests.learners.synthetic import Oracle, scored_groups
 from vlcot.groups import ScoredGroup
 from vlcot.policy.family import Family
@@ -44,10 +44,11 @@ class Expected:
 def expectation(spec: LearnerSpec) -> Expected:
     """Play the run in one process."""
     oracle = Oracle(spec)
-    start = copy.deepcopy(oracle.policy)
+    older = copy.deepcopy(oracle.policy)
+    perturb(older.model, 0.02)
     batches, norms, weights = {}, {}, {0: snapshot(oracle)}
     for step in range(1, STEPS + 1):
-        sampler = start if step == 2 else oracle.policy
+        sampler = older if step == 2 else oracle.policy
         groups = scored_groups(sampler, seed=step, version=0 if step == 2 else step - 1, invalid=1)
         if step == 4:
             groups = [replace(g, valid=np.zeros_like(g.valid), totals=np.full_like(g.totals, np.nan)) for g in groups]
@@ -69,7 +70,7 @@ def expected(spec: LearnerSpec) -> Expected:
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
-    os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}  # 15 by default: starves beside other work
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
@@ -105,7 +106,7 @@ def test_every_version_equals_plain_torch(run, expected: Expected) -> None:
 
 def test_gradient_norms_equal_plain_torch(run, expected: Expected) -> None:
     for step, norm in expected.norms.items():
-        assert metrics_of(run[1], step)["grpo/grad_norm"] == pytest.approx(norm, rel=1e-3)
+        assert metrics_of(run[1], step)["grpo/grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
 def test_fresh_samples_have_ratio_one_and_no_clip(run) -> None:
@@ -169,7 +170,7 @@ def test_exported_policy_has_the_weights_of_the_last_push(run, spec: LearnerSpec
 
 def test_old_checkpoints_are_removed(run, spec: LearnerSpec) -> None:
     directory = run[0].checkpoint_path.parent
-    assert len(list(directory.glob("checkpoint_*"))) == spec.keep_checkpoints
+    assert len([p for p in directory.glob("checkpoint_*") if p.is_dir()]) == spec.keep_checkpoints
 
 
 def test_metrics_have_the_documented_names(run) -> None:

@@ -40,26 +40,20 @@ def run_ranks(jobs: list[Job], ranks: int, directory: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def slow_spec(spec: LearnerSpec) -> LearnerSpec:
-    """Steps of 5e-5: AdamW's first update is lr * sign(gradient), also where the gradient is rounding noise."""
-    return replace(spec, learning_rate=1e-4)
-
-
-@pytest.fixture(scope="module")
 def groups(spec: LearnerSpec) -> list[ScoredGroup]:
     return scored_groups(PlainPolicy(spec.policy_path, spec.temperature), seed=1, invalid=1)
 
 
 @pytest.fixture(scope="module")
 def runs(
-    slow_spec: LearnerSpec, groups: list[ScoredGroup], tmp_path_factory: pytest.TempPathFactory
+    spec: LearnerSpec, groups: list[ScoredGroup], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[int, str], Any]:
     """Result of each (ranks, split)."""
     directory = tmp_path_factory.mktemp("zero3")
     found = {}
     for ranks in (1, 2):
         jobs = {
-            split: Job(replace(slow_spec, micro_batch_tokens=budget), groups, directory / f"{ranks}-{split}.pt")
+            split: Job(replace(spec, micro_batch_tokens=budget), groups, directory / f"{ranks}-{split}.pt")
             for split, budget in BUDGETS.items()
         }
         run_ranks(list(jobs.values()), ranks, directory)
@@ -69,9 +63,9 @@ def runs(
 
 @pytest.mark.parametrize("split", list(BUDGETS))
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_gradient_and_update_equal_plain_torch(runs, slow_spec, groups, ranks, split) -> None:
+def test_gradient_and_update_equal_plain_torch(runs, spec, groups, ranks, split) -> None:
     """Pitfall 7: no trace of micro-batches, ranks or DeepSpeed's own divisions."""
-    oracle = Oracle(slow_spec)
+    oracle = Oracle(spec)
     expected = oracle.gradient(groups)
     found = runs[ranks, split]
     assert found["gradient"].keys() == expected.keys()
@@ -80,7 +74,7 @@ def test_gradient_and_update_equal_plain_torch(runs, slow_spec, groups, ranks, s
         assert difference <= 1e-5 * gradient.norm(), f"{name}: {difference / gradient.norm()}"
     norm = oracle.step(groups, 1)
     assert found["metrics"]["grpo/grad_norm"] == pytest.approx(norm, rel=1e-5)
-    assert norm > slow_spec.max_grad_norm, "the test must clip"
+    assert norm > spec.max_grad_norm, "the test must clip"
     for name, weight in oracle.policy.model.named_parameters():
         torch.testing.assert_close(found["weights"][name], weight.detach(), rtol=0, atol=1e-6)
 
