@@ -183,7 +183,7 @@ def _report_progress(model: JanusVQVAE, codebook: Codebook) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("toy/weights/vq"))
     parser.add_argument("--threads", type=int, default=2)
