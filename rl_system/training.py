@@ -27,7 +27,7 @@ from rl_system.data.prompts import PromptBuilder, training_prompts
 from rl_system.data.rows import RowSource
 from rl_system.runs.directory import RunDirectory
 from rl_system.runs.evaluated import EvaluatedPrompt
-from rl_system.runs.evaluation_files import Moment, write_evaluation
+from rl_system.runs.evaluation_files import write_evaluation
 from rl_system.runs.groups import GroupStore
 from rl_system.runs.progress import Progress
 from rl_system.runs.sinks import MetricSink
@@ -114,10 +114,8 @@ class TrainingRun:
         pool = RolloutPool(spec, config.rollout.actors, resources, config.rollout.start_timeout_s)
         stack.push_async_callback(asyncio.to_thread, pool.stop)
         stack.push_async_callback(asyncio.to_thread, delete_apps)
-        _, sam, expert = await asyncio.gather(
-            asyncio.to_thread(pool.start),
-            asyncio.to_thread(deploy_grounded_sam, assembly.detector_config(config), assembly.detector_app(config)),
-            asyncio.to_thread(deploy_visual_expert, assembly.expert_config(config), assembly.expert_app(config)),
+        _, (sam, expert) = await asyncio.gather(
+            asyncio.to_thread(pool.start), asyncio.to_thread(_deploy_reward_servers, config)
         )
         client = RewardClient(
             sam, expert, config.reward.timeout_s, settings=repr(assembly.detector_config(config)), seed=config.seed
@@ -142,7 +140,7 @@ class TrainingRun:
         learner.start()
         return learner
 
-    async def _evaluate(self, name: Moment, pool: RolloutPool, scorer: Scorer) -> list[EvaluatedPrompt]:
+    async def _evaluate(self, name: str, pool: RolloutPool, scorer: Scorer) -> list[EvaluatedPrompt]:
         total = len(self._held_out.prompts)
         stage = f"evaluating {name} training"
         self._progress.stage(stage, 0, total)
@@ -196,3 +194,9 @@ class TrainingRun:
             engines=self._facts.engines,
             weight_checksum_match=match,
         )
+
+
+def _deploy_reward_servers(config: TrainConfig) -> tuple[Any, Any]:
+    """Handles of both applications; one after the other, since Serve's deployment API is not thread-safe."""
+    sam = deploy_grounded_sam(assembly.detector_config(config), assembly.detector_app(config))
+    return sam, deploy_visual_expert(assembly.expert_config(config), assembly.expert_app(config))
