@@ -52,7 +52,7 @@ class RetryPolicy:
             raise ValueError(f"attempts must be at least 1, got {self.attempts}")
 
     def delay(self, retry: int, rng: random.Random) -> float:
-        """Seconds before retry number ``retry`` (from 0), uniform from 0: clients that failed together come back apart."""
+        """Seconds before retry number ``retry`` (from 0), uniform from 0, so that clients come back apart."""
         return rng.uniform(0.0, min(self.max_delay_s, self.base_delay_s * 2**retry))
 
 
@@ -171,7 +171,7 @@ class RewardClient:
         while result is None:
             try:
                 result = check(await asyncio.wait_for(_awaited(ask), self._attempt_seconds(deadline)))
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 reason = "no answer in time"
             except (TypeError, ValueError) as error:  # the request is at fault: sending it again cannot help
                 result = Failed(f"{server} refused the request: {_message(error)}")

@@ -1,7 +1,7 @@
 """Reward servers as Ray Serve applications, one per reward model.
 
-Every application has its own replicas, resources, queue and health check, so that each scales, fails and recovers on its
-own. No HTTP proxy is started: inside a job, requests go through deployment handles.
+Every application has its own replicas, resources, queue and health check, so that each scales, fails and recovers on
+its own. No HTTP proxy is started: inside a job, requests go through deployment handles.
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ class RewardAppSpec:
 
 
 def deploy_grounded_sam(config: GroundedSamConfig, spec: RewardAppSpec) -> DeploymentHandle:
-    """Serve Grounded-SAM; ``handle.objects.remote(image)`` answers a :class:`Detection`. Blocks as :func:`deploy_app`."""
+    """Serve Grounded-SAM; ``handle.objects.remote(image)`` answers a :class:`Detection`.
+
+    Blocks as :func:`deploy_app`.
+    """
     return deploy_app(GroundedSamReplica, spec, config, spec.batch_size, spec.batch_wait_s)
 
 

@@ -109,8 +109,8 @@ def whole_phrase(
 
     GroundingDINO joins every token above ``text_threshold`` into a phrase, which may be part of a name, parts of
     several or empty. Here the tokens vote for whole names: among the names with a token above ``text_threshold``, the
-    one with the highest mean over its tokens wins, so "light" does not win a query that says "traffic light". Its score is
-    its best token's, and must pass ``box_threshold``.
+    one with the highest mean over its tokens wins, so "light" does not win a query that says "traffic light". Its
+    score is its best token's, and must pass ``box_threshold``.
 
     Args:
         probabilities: float [T], of one query.

@@ -1,7 +1,7 @@
 """Grounded-SAM: GroundingDINO finds named objects, SAM measures them.
 
-The published demo takes its names from a tagger (RAM); here they come from a vocabulary. Thresholds and the order of the
-steps are those of IDEA-Research/Grounded-Segment-Anything, ``automatic_label_ram_demo.py``.
+The published demo takes its names from a tagger (RAM); here they come from a vocabulary. Thresholds and the order of
+the steps are those of IDEA-Research/Grounded-Segment-Anything, ``automatic_label_ram_demo.py``.
 """
 
 from __future__ import annotations
@@ -153,12 +153,12 @@ class Segmenter:
         RewardServerError: the checkpoint cannot be loaded.
     """
 
-    def __init__(self, config: GroundedSamConfig) -> None:
+    def __init__(self, checkpoint: str, device: str = "cpu") -> None:
         from transformers import SamModel, SamProcessor
 
-        self._device = config.device
-        self._processor = _load(SamProcessor, config.segmenter, "segmenter")
-        self._model = _load(SamModel, config.segmenter, "segmenter", dtype=torch.float32).to(config.device).eval()
+        self._device = device
+        self._processor = _load(SamProcessor, checkpoint, "segmenter")
+        self._model = _load(SamModel, checkpoint, "segmenter", dtype=torch.float32).to(device).eval()
 
     @torch.inference_mode()
     def masks(self, images: Sequence[np.ndarray], boxes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -189,7 +189,7 @@ class GroundedSam:
         torch.set_num_threads(config.threads)
         self.config = config
         self._detector = Detector(config)
-        self._segmenter = Segmenter(config)
+        self._segmenter = Segmenter(config.segmenter, config.device)
 
     def detect(self, images: Sequence[np.ndarray]) -> list[Detection]:
         """Objects of each image uint8 [H, W, 3] RGB; the models' processors resize them.

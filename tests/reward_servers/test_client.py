@@ -19,7 +19,7 @@ FAST = RetryPolicy(attempts=3, base_delay_s=0.001, max_delay_s=0.002)
 
 
 class Method:
-    """One method of a server, called as a Serve handle's: ``remote`` runs the next step of a script, the last for ever."""
+    """One method of a server, called as on a Serve handle: ``remote`` runs the next step of a script."""
 
     def __init__(self, *script):
         self.script = list(script)
@@ -182,7 +182,7 @@ def test_retry_delays_are_jittered_grow_and_stay_bounded():
     policy, rng = RetryPolicy(base_delay_s=0.1, max_delay_s=1.0), random.Random(0)
     for retry, longest in enumerate([0.1, 0.2, 0.4, 0.8, 1.0, 1.0]):
         delays = [policy.delay(retry, rng) for _ in range(200)]
-        assert 0 <= min(delays) and 0.8 * longest < max(delays) <= longest
+        assert min(delays) >= 0 and 0.8 * longest < max(delays) <= longest
 
 
 def test_judgements_come_in_order_and_are_never_cached():
