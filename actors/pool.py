@@ -75,7 +75,8 @@ class RolloutPool:
         from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
         _check_resources(self._num_actors, self._resources)
-        self._store = ray.remote(num_cpus=0)(WeightStore).remote()
+        store_class: Any = ray.remote(num_cpus=0)(WeightStore)
+        self._store = store_class.remote()
         self._handles = [self._create(index) for index in range(self._num_actors)]
         self._manager = FaultTolerantActorManager(self._handles)
         self._outstanding = dict.fromkeys(self._manager.actor_ids(), 0)
@@ -102,17 +103,18 @@ class RolloutPool:
             "max_concurrency": 1000,
             "runtime_env": {"env_vars": process_environment(self._spec)},
         }
-        return ray.remote(RolloutActor).options(**options).remote(self._spec, index)
+        actor_class: Any = ray.remote(RolloutActor)
+        return actor_class.options(**options).remote(self._spec, index)
 
     def stop(self) -> None:
-        """End all actors and their engines."""
+        """End all actors and their engines; a second call does nothing."""
         if self._restoring is not None:
             self._restoring.cancel()
-        ray.wait([h.shutdown.remote() for h in self._handles], num_returns=len(self._handles) or 1, timeout=15)
-        for handle in self._handles:
+        if not self._handles:
+            return
+        ray.wait([h.shutdown.remote() for h in self._handles], num_returns=len(self._handles), timeout=15)
+        for handle in (*self._handles, self._store):
             ray.kill(handle)
-        if self._handles:
-            ray.kill(self._store)
         self._handles = []
 
     # --- use --------------------------------------------------------------------------------------------
@@ -134,7 +136,8 @@ class RolloutPool:
                 return await handle.generate.remote(prompt, version)
             except (RayActorError, EngineLostError, StaleWeightsError) as error:
                 self._failed(actor_id, error)
-                reasons.append(f"actor {actor_id}: {type(error).__name__}: {str(error).splitlines()[0]}")
+                cause = getattr(error, "cause", error)  # RayTaskError carries the actor's own exception
+                reasons.append(f"actor {actor_id}: {type(cause).__name__}: {str(cause).splitlines()[0]}")
             finally:
                 self._outstanding[actor_id] -= 1
         raise RuntimeError(f"prompt {prompt.row_id} failed on {self._max_tries} actors: {'; '.join(reasons)}")

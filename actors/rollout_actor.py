@@ -12,7 +12,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -313,7 +313,7 @@ def _start_engine(spec: RolloutSpec, seed: int) -> Any:
             model=spec.policy,
             skip_tokenizer_init=True,
             generation_config="vllm",  # no sampling defaults from the checkpoint
-            dtype=spec.dtype,
+            dtype=cast(Any, spec.dtype),
             seed=seed,
             max_model_len=positions,
             max_num_seqs=spec.max_num_seqs,

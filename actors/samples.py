@@ -71,10 +71,9 @@ def _decode_images(decoder: ImageDecoder, chains: Sequence[ParsedChain]) -> list
     count = len(chains[0].images) if chains else 0
     decoded: list[list[np.ndarray | None]] = [[None] * count for _ in chains]
     for step in range(count):
-        owners = [i for i, chain in enumerate(chains) if chain.images[step] is not None]
-        if owners:
-            codes = np.stack([chains[i].images[step] for i in owners])
-            pixels = decoder.decode(codes).cpu().numpy()
-            for owner, image in zip(owners, pixels, strict=True):
+        codes = {i: c for i, chain in enumerate(chains) if (c := chain.images[step]) is not None}
+        if codes:
+            pixels = decoder.decode(np.stack(list(codes.values()))).cpu().numpy()
+            for owner, image in zip(codes, pixels, strict=True):
                 decoded[owner][step] = image
     return [tuple(own) for own in decoded]

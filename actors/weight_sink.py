@@ -56,7 +56,7 @@ class ActorWeightSink:
 
     def send(self, index: int, data: np.ndarray) -> None:
         """Hand over bucket ``index``: stored once, fetched by every actor; returns before it has arrived."""
-        (bucket,) = ray.get(self._store.put.remote(index, data), timeout=self._timeout_s)
+        bucket: ray.ObjectRef = ray.get(self._store.put.remote(index, data), timeout=self._timeout_s)[0]
         self._call_all(lambda actor: actor.receive.remote(self._version, index, bucket))
 
     def finish(self, checksums: Mapping[str, int]) -> PushReport:

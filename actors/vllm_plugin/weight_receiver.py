@@ -135,7 +135,8 @@ class FileWeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._loaded: dict[str, int] = {}
         initialize_layerwise_reload(self.model)
         self._watched = [_Watch(name, layer, self._loaded) for name, layer in _linear_layers(self.model)]
-        self.model.load_weights(update.tensors())
+        model: Any = self.model
+        model.load_weights(update.tensors())
 
     def finish_weight_update(self) -> None:
         """Complete the loading, compare the model's parameters with what was received, write the report.
@@ -195,7 +196,7 @@ class _Watch:
     """Takes the checksums of a linear layer's parts just before vLLM packs the weight."""
 
     def __init__(self, name: str, layer: LinearBase, into: dict[str, int]) -> None:
-        self._method = layer.quant_method
+        self._method: Any = layer.quant_method
         pack = self._method.process_weights_after_loading
 
         def watched(target: LinearBase) -> None:
@@ -212,7 +213,7 @@ class _Watch:
 def _parts(name: str, layer: LinearBase) -> dict[str, int]:
     parent, _, own = name.rpartition(".")
     names = FUSED_PARTS.get(own, (own,))
-    sums = {}
+    sums: dict[str, int] = {}
     for param_name, param in layer.named_parameters(recurse=False):
         pieces = param.split(layer.output_sizes) if len(names) > 1 else (param,)
         sums |= {f"{parent}.{n}.{param_name}": checksum(piece) for n, piece in zip(names, pieces, strict=True)}

@@ -1,4 +1,4 @@
-"""A lively random policy, a random image tokenizer and one vLLM engine for all tests of the actors."""
+"""A lively random policy, a random image tokenizer and one vLLM engine per module that asks for it."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def learner_logprobs(model: VlcotForCausalLM, family: Family, prompt: Prompt, sa
     return model.token_logprobs(ids, table, supports, temperature)[0, len(prompt.ids) :].numpy()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engine(checkpoints: Checkpoints):
     engine = EngineUnderTest(checkpoints)
     engine.run(engine.actor.ready())

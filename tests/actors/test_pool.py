@@ -85,9 +85,13 @@ async def life_and_death(pool, checkpoints, other):
     assert statistics["failures"] == 1 and statistics["healthy"] == 1 and statistics["outstanding"] == 0
     assert statistics["per_actor"][0]["weight_version"] == 1
 
+    # The engine alone dies: the actor says so and is restarted; with one try the prompt fails by name.
     pool._max_tries = 1
+    pid = (await pool.handles()[0].ready.remote())["pid"]
     task = asyncio.create_task(pool.generate(prompt))
     await asyncio.sleep(0.1)
-    ray.kill(pool.handles()[0], no_restart=False)
-    with pytest.raises(RuntimeError, match="failed on 1 actors: actor 0: Actor"):
+    engine = max(psutil.Process(pid).children(), key=lambda child: len(child.children()))
+    engine.kill()
+    with pytest.raises(RuntimeError, match="row0 failed on 1 actors: actor 0: EngineLostError"):
         await task
+    assert (await pool.statistics())["healthy"] == 0
