@@ -80,14 +80,11 @@ class ShardedPolicy:
         policy = VlcotForCausalLM.from_pretrained(
             path, dtype=getattr(torch, spec.dtype), attn_implementation="sdpa", local_files_only=True
         )
-        self._deepspeed = deepspeed
-        self._dtype = spec.dtype
         self.family = Family.from_pretrained(path)
         module = LogprobModule(policy, SupportTable.of(self.family.grammar, device), spec.temperature)
         module.train(trainable).requires_grad_(trainable)
         optimizer = _adamw(module, spec) if trainable else None
-        self._engine, self._optimizer, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-        self._groups = optimizer.param_groups if optimizer else []
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self._ranks = torch.distributed.get_world_size()
 
     def logprobs(self, micro: MicroBatch) -> torch.Tensor:
@@ -107,7 +104,7 @@ class ShardedPolicy:
         Raises:
             FloatingPointError: the gradient is not finite; the weights are as they were.
         """
-        for group in self._groups:
+        for group in self._engine.optimizer.param_groups:  # other objects after load()
             group["lr"] = learning_rate
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())

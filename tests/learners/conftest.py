@@ -52,7 +52,7 @@ def spec(policy_path: Path, reference_path: Path) -> LearnerSpec:
         groups_per_step=3,
         temperature=0.9,
         max_staleness=1,
-        learning_rate=1e-4,
+        learning_rate=2e-5,
         weight_decay=0.1,
         warmup_steps=2,
         schedule="cosine",

@@ -166,3 +166,20 @@ class Oracle:
             group["lr"] = self.spec.learning_rate_at(step)
         self.optimizer.step()
         return float(norm)
+
+
+Weights = dict[str, torch.Tensor]
+
+
+def snapshot(policy: PlainPolicy) -> Weights:
+    """A copy of the weights by name."""
+    return {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+
+
+def assert_same_update(found: Weights, expected: Weights, start: Weights, atol: float) -> None:
+    """``found`` is as far from ``start``, and in the same direction, as ``expected``: to 0.1 % and ``atol``."""
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        moved = (weight - start[name]).norm()
+        assert moved > 0 and (found[name] - weight).norm() <= 1e-3 * moved, name
