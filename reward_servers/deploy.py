@@ -21,6 +21,9 @@ from reward_servers.contract import Detection, Judgement, RewardServerError
 from reward_servers.grounded_sam import GroundedSam, GroundedSamConfig, check_image
 from reward_servers.qwen_vl import VisualExpert, VisualExpertConfig, process_environment
 
+CONSTRUCTOR_RETRIES = 2
+"""A replica that then still cannot be built has a bad configuration; Serve's default of 20 hides it for minutes."""
+
 Image = np.ndarray | ray.ObjectRef
 """uint8 [H, W, 3] RGB, or a reference to one in Ray's object store."""
 
@@ -93,7 +96,8 @@ def deploy_app(replica: type, spec: RewardAppSpec, *arguments: Any) -> Deploymen
         if spec.autoscaling is None
         else {"autoscaling_config": dict(spec.autoscaling)}
     )
-    deployment = serve.deployment(replica).options(
+    decorated: Any = serve.deployment(replica)
+    deployment = decorated.options(
         name=spec.name,
         ray_actor_options=dict(spec.ray_actor_options),
         max_ongoing_requests=spec.max_ongoing_requests,
@@ -101,13 +105,14 @@ def deploy_app(replica: type, spec: RewardAppSpec, *arguments: Any) -> Deploymen
         health_check_period_s=spec.health_check_period_s,
         health_check_timeout_s=spec.health_check_timeout_s,
         graceful_shutdown_timeout_s=spec.graceful_shutdown_timeout_s,
+        max_constructor_retry_count=CONSTRUCTOR_RETRIES,
         **scaling,
     )
     serve.start(proxy_location="Disabled")
     try:
         return serve.run(deployment.bind(*arguments), name=spec.name, route_prefix=None)
     except RuntimeError as error:
-        raise RewardServerError(f"reward application {spec.name} did not start: {error}") from error
+        raise RewardServerError(f"reward application {spec.name} did not start: {_last_words(spec.name)}") from error
 
 
 def delete_apps(*names: str) -> None:
@@ -118,17 +123,26 @@ def delete_apps(*names: str) -> None:
         serve.delete(name)
 
 
+def _last_words(name: str) -> str:
+    """Why Serve gave up on an application: the last line of the replica's own error, where there is one."""
+    status = serve.status().applications[name]
+    messages = [deployment.message for deployment in status.deployments.values()] + [status.message]
+    lines = [line.strip() for line in messages[0].splitlines() if "Error" in line]
+    return lines[-1] if lines else " ".join(filter(None, messages))
+
+
 class GroundedSamReplica:
     """One Grounded-SAM process; requests that arrive together make one batch."""
 
     def __init__(self, config: GroundedSamConfig, batch_size: int, batch_wait_s: float) -> None:
         self._model = GroundedSam(config)
-        self._detect.set_max_batch_size(batch_size)
-        self._detect.set_batch_wait_timeout_s(batch_wait_s)
+        batched: Any = self._detect
+        batched.set_max_batch_size(batch_size)
+        batched.set_batch_wait_timeout_s(batch_wait_s)
 
     async def objects(self, image: Image) -> Detection:
         """Objects of one image. Raises ValueError for a bad one, before it can spoil the batch of others."""
-        pixels = await _pixels(image)
+        pixels = await fetched(image)
         check_image(pixels)
         return await self._detect(pixels)
 
@@ -154,7 +168,7 @@ class VisualExpertReplica:
 
     async def judge(self, lr: Image, images: Sequence[Image], seed: int) -> list[Judgement]:
         """As :meth:`VisualExpert.judge`."""
-        reference, *shown = await asyncio.gather(_pixels(lr), *(_pixels(image) for image in images))
+        reference, *shown = await asyncio.gather(fetched(lr), *(fetched(image) for image in images))
         return await self._expert.judge(reference, shown, seed)
 
     async def ready(self) -> dict[str, Any]:
@@ -170,5 +184,6 @@ class VisualExpertReplica:
             self._expert.shutdown()
 
 
-async def _pixels(image: Image) -> np.ndarray:
+async def fetched(image: Image) -> np.ndarray:
+    """The image itself; references inside lists reach a replica as references."""
     return await image if isinstance(image, ray.ObjectRef) else image
