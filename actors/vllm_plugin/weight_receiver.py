@@ -196,14 +196,15 @@ class _Watch:
     """Takes the checksums of a linear layer's parts just before vLLM packs the weight."""
 
     def __init__(self, name: str, layer: LinearBase, into: dict[str, int]) -> None:
-        self._method: Any = layer.quant_method
-        pack = self._method.process_weights_after_loading
+        method: Any = layer.quant_method
+        pack = method.process_weights_after_loading
 
         def watched(target: LinearBase) -> None:
             into.update(_parts(name, target))
             pack(target)
 
-        self._method.process_weights_after_loading = watched
+        method.process_weights_after_loading = watched
+        self._method = method
 
     def release(self) -> None:
         """Give the layer its own method back."""
