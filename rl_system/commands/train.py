@@ -64,12 +64,15 @@ def _execute(config: TrainConfig, run: Any, source: Any) -> dict[str, Any]:
     import ray
 
     from rl_system.runs.progress import Progress
-    from rl_system.runs.sinks import CompositeSink, JsonlSink, TensorBoardSink
+    from rl_system.runs.sinks import open_sinks
     from rl_system.training import NAMESPACE, TrainingRun
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled" if config.cluster.address == "local" else "token")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    sink = CompositeSink([JsonlSink(run.metrics), TensorBoardSink(run.tensorboard)])
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(int(config.reward.start_timeout_s)))
+    if config.cluster.address == "local":
+        os.environ.setdefault("RAY_worker_niceness", "0")  # the driver shares the cores with the workers
+    sink = open_sinks(run)
     with Progress() as progress:
         progress.stage("starting Ray")
         ray.init(

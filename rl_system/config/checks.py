@@ -33,7 +33,6 @@ def _check_numbers(config: TrainConfig) -> None:
         "learner.epochs_per_batch": (config.learner.epochs_per_batch, 1),
         "coordination.max_staleness": (config.coordination.max_staleness, 0),
         "evaluation.prompts": (config.evaluation.prompts, 2),
-        "evaluation.samples": (config.evaluation.samples, 1),
         "data.train_rows": (config.data.train_rows, 1),
         "reward.grounded_sam.replicas": (config.reward.grounded_sam.replicas, 1),
         "reward.qwen_vl.replicas": (config.reward.qwen_vl.replicas, 1),

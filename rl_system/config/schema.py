@@ -180,10 +180,9 @@ class CoordinationConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Held-out prompts, sampled with the same seeds before and after training."""
+    """Held-out prompts, one group each, sampled with the same seeds before and after training."""
 
     prompts: int = 64
-    samples: int = 2
     pictures: int = 8
     """How many of them the report shows."""
 

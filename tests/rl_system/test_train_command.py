@@ -1,0 +1,139 @@
+"""``rl-system train`` as a user meets it: wrong input ends at once, a run ends with a report, Ctrl-C ends it whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from rl_system.commands.main import main
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["learner.steps=2", "learner.groups_per_step=2", "learner.warmup_steps=0", "evaluation.prompts=3"]
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def refused(capsys, tmp_path, *overrides: str) -> str:
+    """The one-line message of a refused run that left nothing behind."""
+    code = main(["train", "experiment=toy", f"output_dir={tmp_path}/runs", *overrides])
+    message = capsys.readouterr().err.strip()
+    assert code == 2
+    assert message.startswith("rl-system train: ")
+    assert len(message.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+    return message
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("rollout.gruop_size=8", "did you mean 'rollout.group_size'?"),
+        ("learner.ranks=two", "learner.ranks"),
+        ("rollout.group_size=1", "rollout.group_size=1 is too small: it must be at least 2"),
+        ("rollout.temperature=0", "rollout.temperature=0 must be positive"),
+        ("grpo.kl=k4", "grpo.kl=k4 is not known; allowed: k1, k2, k3"),
+        ("reward.expert_weights.quality=0.9", "expert weights must be non-negative and sum to 1"),
+        ("policy.path=/nowhere", "policy.path=/nowhere: no checkpoint there"),
+        ("rollout.max_new_tokens=50", "the three images alone take"),
+        ("learner.ranks=64", "the run needs 67 CPU"),
+        ("rollout.num_gpus=8", "the run needs 8 GPU"),
+        ("data=nothing", "Could not find 'data/nothing'"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_one_clear_message(capsys, tmp_path, override, said):
+    assert said in refused(capsys, tmp_path, override)
+
+
+@pytest.mark.unit
+def test_a_missing_folder_and_an_unreadable_image_are_refused_by_name(capsys, tmp_path):
+    assert "no such folder" in refused(capsys, tmp_path, "data=folder", f"data.path={tmp_path}/none")
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    assert "no image there" in refused(capsys, tmp_path, "data=folder", f"data.path={folder}")
+    Image.new("RGB", (80, 80)).save(folder / "good.png")
+    (folder / "broken.png").write_text("no image")
+    assert "cannot read the image" in refused(capsys, tmp_path, "data=folder", f"data.path={folder}")
+    (folder / "broken.png").unlink()
+    Image.new("RGB", (10, 80)).save(folder / "small.png")
+    assert "small.png is 10x80" in refused(capsys, tmp_path, "data=folder", f"data.path={folder}")
+
+
+def start(tmp_path: Path, name: str, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "rl_system", "train", "experiment=toy", f"name={name}", f"output_dir={tmp_path}"]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [*command, *TINY, *overrides],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def descendants(process: subprocess.Popen) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(900)
+def test_a_tiny_run_goes_from_start_to_report_with_every_part_real(tmp_path):
+    process = start(tmp_path, "tiny")
+    output, _ = process.communicate()
+    assert process.returncode == 0, output[-4000:]
+    run = tmp_path / "tiny"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 2
+    assert summary["groups_trained"] == 4
+    assert summary["prompts"] == 3
+    assert summary["max_staleness_seen"] <= 1
+    assert summary["weight_checksum_match"] is True
+    low, high = summary["reward_gain_ci95"]
+    assert low <= summary["reward_gain"] <= high
+    assert set(summary["rewards_after"]) == {"format", "degradation", "understanding", "generation"}
+    assert summary["engines"]["rollout"][0]["vllm"].startswith("0.32")
+    assert summary["engines"]["learner"]["deepspeed"].startswith("0.19")
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in metrics] == [1, 2]
+    assert metrics[0]["mismatch/max"] < 1e-4  # sampler and learner agree on fresh samples (pitfall 22)
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
+    assert (run / "report.html").stat().st_size > 10_000
+    assert list((run / "tensorboard").iterdir())
+    assert (run / "checkpoints" / "tiny" / "policy" / "model.safetensors").is_file()
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(600)
+def test_ctrl_c_ends_all_processes_and_leaves_a_valid_run_directory(tmp_path):
+    process = start(tmp_path, "stopped")
+    for line in process.stdout:
+        if "evaluating before" in line:
+            break
+    children = descendants(process)
+    assert len(children) > 5  # Ray, the engines and the learner ranks
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode == 130
+    deadline = time.monotonic() + 30
+    while (alive := [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE]) and (
+        time.monotonic() < deadline
+    ):
+        time.sleep(0.5)
+    assert not alive
+    run = tmp_path / "stopped"
+    assert json.loads((run / "status.json").read_text())["state"] == "interrupted"
+    assert not (run / "summary.json").exists()
+    assert (run / "report.html").is_file()
