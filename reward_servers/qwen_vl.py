@@ -201,8 +201,8 @@ class VisualExpert:
             longest = write_answer([dict.fromkeys(SCORE_NAMES, MAX_SCORE)] * count)
             sampling = SamplingParams(
                 temperature=0.0,
-                # The schema lets a model write spaces and line breaks: twice the compact answer is room for them.
-                max_tokens=2 * len(self._processor.tokenizer(longest).input_ids) + 16,
+                # Room for the longest answer even where a model spells it letter by letter.
+                max_tokens=len(longest) + 8,
                 structured_outputs=StructuredOutputsParams(json=answer_schema(count)),
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
@@ -249,7 +249,8 @@ def _start_engine(config: VisualExpertConfig) -> Any:
             limit_mm_per_prompt={"image": config.max_images + 1, "video": 0},
             # Every group is new: a cache of processed images would only hold memory.
             mm_processor_cache_gb=0,
-            structured_outputs_config={"backend": "xgrammar"},
+            # Compact JSON: an unsure model must not fill the answer with spaces.
+            structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
             # A checkpoint's own sampling defaults (repetition penalty) must not bend greedy decoding.
             generation_config="vllm",
             disable_log_stats=True,

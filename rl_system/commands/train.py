@@ -70,6 +70,7 @@ def _execute(config: TrainConfig, run: Any, source: Any) -> dict[str, Any]:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled" if config.cluster.address == "local" else "token")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(int(config.reward.start_timeout_s)))
+    os.environ.setdefault("RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S", "5")  # replicas answer between model calls
     if config.cluster.address == "local":
         os.environ.setdefault("RAY_worker_niceness", "0")  # the driver shares the cores with the workers
     sink = open_sinks(run)
