@@ -10,7 +10,7 @@ import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import ray
@@ -24,7 +24,7 @@ from reward_servers.qwen_vl import VisualExpert, VisualExpertConfig, process_env
 CONSTRUCTOR_RETRIES = 2
 """A replica that then still cannot be built has a bad configuration; Serve's default of 20 hides it for minutes."""
 
-Image = np.ndarray | ray.ObjectRef
+Image: TypeAlias = np.ndarray | ray.ObjectRef
 """uint8 [H, W, 3] RGB, or a reference to one in Ray's object store."""
 
 

@@ -76,7 +76,7 @@ def _evaluated(scored: ScoredGroup, row: Row) -> EvaluatedPrompt:
 
 
 def _component_mean(scored: ScoredGroup, name: str) -> float | None:
-    return _mean([s[name].value for s in scored.scores if isinstance(s[name], Scored)])
+    return _mean([score.value for scores in scored.scores if isinstance(score := scores[name], Scored)])
 
 
 def _mean(values: Sequence[float]) -> float | None:

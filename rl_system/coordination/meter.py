@@ -71,7 +71,7 @@ def reward_means(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     totals = np.concatenate([g.totals[g.valid] for g in groups])
     means = {"reward/total": float(totals.mean())} if totals.size else {}
     for name in COMPONENTS:
-        values = [s[name].value for g in groups for s in g.scores if isinstance(s[name], Scored)]
+        values = [score.value for g in groups for s in g.scores if isinstance(score := s[name], Scored)]
         if values:
             means[f"reward/{name}"] = float(np.mean(values))
     return means

@@ -29,7 +29,7 @@ class PromptBuilder:
     def build(self, row: Row, group_id: str, seed: int) -> Prompt:
         """The prompt of ``row``."""
         full = upscale_for_policy(row.lr, self._size)
-        ids = self._builder.prompt(self._instruction, self._tokenizer.encode(full[None])[0])
+        ids = self._builder.prompt(self._instruction, self._tokenizer.encode(full[None])[0].numpy())
         return Prompt(group_id, row.row_id, seed, ids, row.lr, row.degradation)
 
 

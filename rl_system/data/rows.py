@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -13,6 +13,8 @@ from PIL import Image, UnidentifiedImageError
 from vlcot.degradation.config import SEESR_TRAINING
 from vlcot.degradation.pipeline import degrade
 from vlcot.degradation.text import describe
+
+Split = Literal["train", "heldout"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 HELDOUT_SHARE = 10
@@ -39,7 +41,7 @@ class Row:
 class RowSource(Protocol):
     """Random access to the rows of two disjoint splits; deterministic."""
 
-    def row(self, index: int, split: str) -> Row:
+    def row(self, index: int, split: Split) -> Row:
         """Row ``index`` (any non-negative integer) of ``train`` or ``heldout``."""
 
 
@@ -49,7 +51,7 @@ class ToyPhotographs:
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
-    def row(self, index: int, split: str) -> Row:
+    def row(self, index: int, split: Split) -> Row:
         """See :class:`RowSource`."""
         from toy.rows import row  # the toy's photographs are only loaded where they are used
 
@@ -89,7 +91,7 @@ class ImageFolder:
                     f"(one in {HELDOUT_SHARE} is held out, by a hash of its name)"
                 )
 
-    def row(self, index: int, split: str) -> Row:
+    def row(self, index: int, split: Split) -> Row:
         """See :class:`RowSource`; pass ``index // number of images`` over the folder draws new crops."""
         paths = self._splits[split]
         path = paths[index % len(paths)]

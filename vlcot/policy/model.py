@@ -6,6 +6,8 @@ beside Llama's. The head can give token log-probs without ever holding logits of
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -38,7 +40,15 @@ class VlcotAttention(llama.LlamaAttention):
         self.q_norm = HeadNorm(config.num_attention_heads, self.head_dim)
         self.k_norm = HeadNorm(config.num_key_value_heads, self.head_dim)
 
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Llama's attention on normalised queries and keys; hidden states [B, L, d]."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
@@ -59,7 +69,7 @@ class SupportHead(nn.Linear):
     A module of its own so that ZeRO-3 gathers its weight around forward and backward.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden: torch.Tensor,
         table: SupportTable | None = None,
@@ -68,7 +78,7 @@ class SupportHead(nn.Linear):
         temperature: float = 1.0,
     ) -> torch.Tensor:
         """Logits [..., vocabulary]; with a table, float32 log-probs [T] (see :func:`support_logprobs`)."""
-        if table is None:
+        if table is None or ids is None or supports is None:
             return super().forward(hidden)
         return support_logprobs(hidden, self.weight, table, ids, supports, temperature)
 
