@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from actors.pool import RolloutPool
 from ray.actor import ActorHandle
 
+from actors.pool import RolloutPool
 from learners.protocols import LearnerStart
 from rl_system.coordination.ledger import GroupState, Ledger
 from rl_system.coordination.scoring import MinViableGroup, Scorer

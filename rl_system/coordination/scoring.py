@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from reward_servers.client import RewardClient
 
+from reward_servers.client import RewardClient
 from reward_servers.contract import Detection, Judgement
 from vlcot import rewards
 from vlcot.groups import Failed, Group, Sample, Score, Scored, ScoredGroup
