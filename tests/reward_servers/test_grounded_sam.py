@@ -57,7 +57,8 @@ def test_boxes_are_in_pixels_of_the_image_that_was_sent(model, scenes):
         small_answer.objects[0],
         next(o for o in large_answer.objects if o.name == small_answer.objects[0].name),
     )
-    assert np.allclose(np.array(same.box) / 4, first.box, atol=4)
+    # Resampling moves a small detector's boxes by some pixels; boxes in the wrong unit would be off by a factor of 4.
+    assert np.allclose(np.array(same.box) / 4, first.box, atol=8)
     assert same.mask_area == pytest.approx(first.mask_area, abs=0.08)
 
 
