@@ -68,14 +68,13 @@ def train(family: Family, examples: list[Example], minutes: float, seed: int) ->
             group["lr"] = PEAK_LR * min(progress / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * progress))
         with torch.autocast("cpu", torch.bfloat16):
             logprobs = model.token_logprobs(ids, table, supports)
-        chosen = supports != int(Support.FORCED)
+        chosen, code = supports != int(Support.FORCED), supports == int(Support.CODE)
         loss = -logprobs.sum() / chosen.sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 50 == 0:
-            code = supports == int(Support.CODE)
             parts = [float(-logprobs.detach()[mask].mean()) for mask in (code, chosen & ~code)]
             print(
                 f"{60 * minutes * progress:6.0f} s step {step} loss codes {parts[0]:.3f} text {parts[1]:.3f}",
@@ -95,7 +94,7 @@ def _parameter_groups(model: VlcotForCausalLM) -> list[dict[str, object]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--minutes", type=float, default=14)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=16_000, help="training rows, encoded before the clock starts")
     parser.add_argument("--pool", type=Path, required=True, help="file that keeps the encoded rows")
