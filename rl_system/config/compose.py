@@ -50,7 +50,24 @@ def load_config(overrides: Sequence[str]) -> TrainConfig:
         check(config)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    _make_paths_absolute(config)
     return config
+
+
+def _make_paths_absolute(config: TrainConfig) -> None:
+    """Worker processes have working directories of their own."""
+    sam, expert = config.reward.grounded_sam, config.reward.qwen_vl
+    for owner, name in (
+        (config, "output_dir"),
+        (config.policy, "path"),
+        (config.policy, "image_tokenizer"),
+        (config.data, "path"),
+        (sam, "detector"),
+        (sam, "segmenter"),
+        (expert, "model"),
+    ):
+        if value := getattr(owner, name):
+            setattr(owner, name, str(Path(value).resolve()))
 
 
 def to_yaml(config: TrainConfig) -> str:
