@@ -20,7 +20,7 @@ def upscale_for_policy(lr: np.ndarray, size: int) -> np.ndarray:
         ValueError: ``lr`` is not uint8 RGB or not square.
     """
     _check_square(lr)
-    return np.asarray(Image.fromarray(lr).resize((size, size), Image.Resampling.BICUBIC))
+    return np.array(Image.fromarray(lr).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def area_downscale(image: np.ndarray, size: int) -> np.ndarray:

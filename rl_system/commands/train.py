@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 from rl_system.commands import exit_codes
@@ -73,16 +75,19 @@ def _execute(config: TrainConfig, run: Any, source: Any) -> dict[str, Any]:
     os.environ.setdefault("RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S", "5")  # replicas answer between model calls
     if config.cluster.address == "local":
         os.environ.setdefault("RAY_worker_niceness", "0")  # the driver shares the cores with the workers
+    for noisy in ("ray.serve", "ray.train"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     sink = open_sinks(run)
     with Progress() as progress:
         progress.stage("starting Ray")
-        ray.init(
+        context = ray.init(
             address=None if config.cluster.address == "local" else config.cluster.address,
             num_cpus=config.cluster.num_cpus if config.cluster.address == "local" else None,
             namespace=NAMESPACE,
             include_dashboard=False if config.cluster.address == "local" else None,
             log_to_driver=False,
         )
+        (run.logs / "ray").symlink_to(Path(context.address_info["session_dir"]) / "logs")
         try:
             return asyncio.run(TrainingRun(config, run, source, sink, progress).execute())
         finally:
