@@ -72,7 +72,7 @@ class Batches:
         self._p = 0.75 * weights / weights.sum()
         self._p[weights == 0] = 0.25 / (weights == 0).sum()
 
-    def draw(self, size: int, scene_share: float = 0.4, degraded_share: float = 0.5) -> list[Example]:
+    def draw(self, size: int, scene_share: float = 0.5, degraded_share: float = 0.5) -> list[Example]:
         """The next batch."""
         return [self._draw_one(scene_share, degraded_share) for _ in range(size)]
 

@@ -213,14 +213,17 @@ def giou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return overlap / union.clamp(min=1e-6) - (hull - union) / hull.clamp(min=1e-6)
 
 
-def train(
-    steps: int, batch_size: int, rate: float, seed: int
-) -> tuple[GroundingDinoForObjectDetection, GroundingDinoProcessor]:
-    """The trained model and its processor; learning rate: 50 steps up, then a cosine down to 0."""
-    torch.manual_seed(seed)
+def train_cycle(
+    model: GroundingDinoForObjectDetection,
+    processor: GroundingDinoProcessor,
+    steps: int,
+    batch_size: int,
+    rate: float,
+    seed: int,
+) -> None:
+    """One cycle of training on its own images; learning rate: 50 steps up, then a cosine down to 0."""
     names = object_names()
-    processor = build_processor(names)
-    model = build_model(len(processor.tokenizer)).train()
+    model.train()
     batches = Batches(scene_examples(SCENES, "train", seed), crop_examples(CROPS, "train", seed), seed)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
@@ -240,7 +243,7 @@ def train(
         if step % 50 == 0:
             seconds = time.monotonic() - start
             print(f"step {step}/{steps} matched {matched:.2f} dense {dense:.2f} {seconds:.0f} s", flush=True)
-    return model.eval(), processor
+    model.eval()
 
 
 def _losses(
@@ -257,14 +260,14 @@ def _losses(
 CARD = """# Toy GroundingDino
 
 {parameters:.2f} M parameters, transformers' `GroundingDinoForObjectDetection`, input 64x64, fp16 (load as float32).
-Made by `python -m toy.train_grounding_dino --steps {steps} --batch-size {batch_size} --rate {rate:g} --seed {seed}` in
-{minutes:.0f} minutes on one CPU thread, from random weights.
+Made by `python -m toy.train_grounding_dino --cycles {cycles} --steps {steps} --batch-size {batch_size} --rate {rate:g}
+--seed {seed}` in {minutes:.0f} minutes on one CPU thread, from {origin}.
 
 It knows {count} names: {names}.
 
-Data: {scenes} composed scenes and {crops} crops of the sixteen photographs (`toy.photographs`, `toy.scenes`, training
-split), mirrored at random, half of them degraded as in the toy task (16x16, SeeSR's values) and enlarged again.
-A quarter of the crops shows none of the objects. Prompts: all names in random order, or a random part.
+Data of each cycle: {scenes} composed scenes and {crops} crops of the sixteen photographs (`toy.photographs`,
+`toy.scenes`, training split), mirrored at random, half of them degraded as in the toy task (16x16, SeeSR's values) and
+enlarged again. A quarter of the crops shows none of the objects. Prompts: all names in random order, or a random part.
 
 Held-out scores at box threshold 0.25, text threshold 0.2, NMS 0.5. A box counts with the right name and IoU of at least
 0.5; "names" asks only whether an object is in the image.
@@ -292,6 +295,7 @@ def write_card(
         names=", ".join(names),
         scenes=SCENES,
         crops=CROPS,
+        origin=f"the checkpoint in {options.start}" if options.start else "random weights",
         rows="\n".join(_row(kind, found) for kind, found in sets.items()),
         **vars(options),
     )
@@ -306,15 +310,24 @@ def _row(kind: str, found: Quality) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the toy GroundingDino.")
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--cycles", type=int, default=2, help="each with its own images and learning rate cycle")
+    parser.add_argument("--steps", type=int, default=4500, help="per cycle")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the first cycle's images; the next one adds 1")
+    parser.add_argument("--start", type=Path, help="checkpoint to start from; random weights by default")
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     start = time.monotonic()
-    model, processor = train(options.steps, options.batch_size, options.rate, options.seed)
+    torch.manual_seed(options.seed)
+    processor = build_processor(object_names())
+    if options.start:
+        model = GroundingDinoForObjectDetection.from_pretrained(options.start, dtype=torch.float32)
+    else:
+        model = build_model(len(processor.tokenizer))
+    for cycle in range(options.cycles):
+        train_cycle(model, processor, options.steps, options.batch_size, options.rate, options.seed + cycle)
     options.output.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(options.output)
     processor.save_pretrained(options.output)

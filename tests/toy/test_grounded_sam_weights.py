@@ -43,10 +43,10 @@ def test_processors_load_as_published_ones():
 
 
 def test_detector_finds_the_objects_of_heldout_scenes(detector):
-    """Floors just under the card's figures: what is named is right, and boxes (IoU 0.5) are found."""
+    """Recall of at least 0.8 at precision of at least 0.8, name and place (IoU 0.5) both right."""
     found = quality(detector, scene_examples(128, "heldout"))
-    assert found.names.precision >= 0.8 and found.names.recall >= 0.75, found
-    assert found.boxes.precision >= 0.8 and found.boxes.recall >= 0.7, found
+    assert found.boxes.recall >= 0.8 and found.boxes.precision >= 0.8, found
+    assert found.names.recall >= 0.8 and found.names.precision >= 0.8, found
 
 
 def test_segmenter_covers_heldout_objects():
