@@ -9,7 +9,7 @@ from typing import Any
 from toy.expert_quality import GROUP_SIZE, ExpertFigures
 
 
-def write_card(folder: Path, settings: dict[str, Any], figures: ExpertFigures, wall_s: float) -> None:
+def write_card(folder: Path, settings: dict[str, Any], figures: ExpertFigures, minutes: float) -> None:
     """Write README.md beside the weights."""
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in asdict(figures).items())
     used = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "output")
@@ -20,7 +20,7 @@ A Qwen2.5-VL of 0.9 million parameters, fp16, for 64x64 images: shown a degraded
 it answers with quality, realism and consistency (0 to 10) of each one. It understands the one prompt in
 `toy/qwen_vl_checkpoint.py` and knows nothing but crops of the photographs in `toy/photographs.yaml`.
 
-Made by `python -m toy.train_qwen_vl` ({used}) in {wall_s / 60:.0f} minutes on one CPU thread. What the scores mean
+Made by `python -m toy.train_qwen_vl` ({used}) in {minutes:.0f} minutes on one CPU thread. What the scores mean
 and how the training images were made: `toy/judged_images.py`. Figures: `toy/expert_quality.py`, held-out crops,
 groups of {GROUP_SIZE}, Spearman correlations of the weighted mean score and mean scores by kind of picture.
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from scipy.fft import dct
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -25,8 +27,9 @@ WEIGHTS = Path(__file__).parent / "weights" / "qwen_vl"
 IMAGE_SIZE = 64
 TOKENS_PER_IMAGE = 16
 
-TOY_PROMPT = ExpertPrompt(rubric="Score each image against the first.", reference_label="", image_label="")
-"""The question the toy expert was trained on; it understands no other."""
+TOY_PROMPT = ExpertPrompt(rubric="Score {count} images against the first.", reference_label="", image_label="")
+"""The question the toy expert was trained on; it understands no other. Saying the count in it lets the small model find
+each entry's image: with the count known, entry and image are a fixed distance apart."""
 
 _SPECIAL = (
     "<|endoftext|>",
@@ -58,7 +61,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     corpus = [write_answer([dict.fromkeys(SCORE_NAMES, score)] * 2) for score in range(11)]
-    corpus += ["user\n", "assistant\n", "\n", TOY_PROMPT.rubric]
+    corpus += ["user\n", "assistant\n", "\n", TOY_PROMPT.rubric.replace("{count}", "8")]
     trainer = trainers.BpeTrainer(
         vocab_size=512,
         special_tokens=list(_SPECIAL),
@@ -77,7 +80,8 @@ def build_processor() -> Qwen2_5_VLProcessor:
         merge_size=2,
         temporal_patch_size=2,
         size={"shortest_edge": pixels, "longest_edge": pixels},
-        image_mean=[0.5] * 3,
+        # Pixels become 2 to 6: the mean of a patch is never zero, so RMSNorm keeps how strong its texture is.
+        image_mean=[-0.5] * 3,
         image_std=[0.25] * 3,
     )
     videos = Qwen2VLVideoProcessor(patch_size=8, merge_size=2, temporal_patch_size=2)
@@ -124,7 +128,34 @@ def build_model(processor: Qwen2_5_VLProcessor, seed: int) -> Qwen2_5_VLForCondi
         tie_word_embeddings=True,
     )
     torch.manual_seed(seed)
-    return Qwen2_5_VLForConditionalGeneration(config)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    # transformers draws all weights with sigma 0.02, for widths of thousands; here that would silence every block.
+    for name, weight in model.named_parameters():
+        if weight.ndim >= 2 and "embed_tokens" not in name:
+            torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+    # A patch is seen in two equal frames (temporal_patch_size), each gives half.
+    frames = torch.from_numpy(0.5 * frequency_filters()).float()[:, :, None].expand(-1, -1, 2, -1, -1)
+    with torch.no_grad():
+        model.model.visual.patch_embed.proj.weight.copy_(frames)
+    return model
+
+
+def frequency_filters() -> np.ndarray:
+    """float64 [96, 3, 8, 8]: the 8x8 cosine transform of luma and the 16 lowest frequencies of both colour differences.
+
+    The start of the patch embedding. Each filter is scaled by its frequency: a photograph's spectrum falls about so,
+    which gives all outputs the same spread (1.3 and 0.5: measured on the toy photographs).
+    """
+    cosines = dct(np.eye(8), axis=0, norm="ortho")
+    frequency = np.hypot(*np.mgrid[:8, :8])
+    frequency[0, 0] = 0.25
+    waves = np.einsum("ui,vj->uvij", cosines, cosines) * frequency[..., None, None]
+    luma = np.array([0.299, 0.587, 0.114])
+    low = waves[:4, :4].reshape(-1, 1, 8, 8) / 0.5
+    blue, red = (
+        colour[:, None, None] * low for colour in (np.array([0.0, 0.0, 1.0]) - luma, np.array([1.0, 0.0, 0.0]) - luma)
+    )
+    return np.concatenate([luma[:, None, None] * waves.reshape(-1, 1, 8, 8) / 1.3, blue, red])
 
 
 def save_checkpoint(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, folder: Path) -> None:
