@@ -277,7 +277,9 @@ Held-out scores at box threshold 0.25, text threshold 0.2, NMS 0.5. A box counts
 {rows}
 
 Limits: it knows these photographs and nothing else; held-out images are new framings of them (see `toy.photographs`).
-On degraded images it often misses small objects. Names of more than one word were never trained.
+On degraded images it often misses small objects. On real crops more than half of its boxes are wrong or show only a
+part of the named object (cat's fur, the inside of the retina), and thin structures are taken for rockets. Names of more
+than one word were never trained.
 """
 
 
