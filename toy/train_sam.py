@@ -180,8 +180,8 @@ with an error of {jitter:g} pixel, half of the images degraded as in the toy tas
 Mean IoU on held-out scenes, prompted by the true boxes: {clean:.3f}; on the same scenes degraded: {degraded:.3f}.
 
 Limits: it knows ellipses and rectangles of 0.4 to 0.7 of the side, pasted on four textures. On real crops, masks of
-larger boxes cover about two thirds of the box and those of smaller boxes vary widely: a mask there says roughly how large an
-object is, not what its outline is. Points, mask prompts and several masks per prompt were never trained.
+larger boxes cover about two thirds of the box and those of smaller boxes vary widely: a mask there says roughly how
+large an object is, not what its outline is. Points, mask prompts and several masks per prompt were never trained.
 """
 
 
