@@ -10,6 +10,7 @@ from rl_system.commands import exit_codes
 
 COMMANDS = {
     "train": "train VLCoT-GRPO: rl-system train experiment=toy [KEY=VALUE ...]",
+    "import-weights": "published weights into our format: rl-system import-weights KIND SOURCE OUTPUT",
     "report": "write report.html of a run, also while it runs: rl-system report RUN_DIRECTORY",
 }
 
@@ -18,12 +19,12 @@ def main(argv: list[str] | None = None) -> int:
     """Dispatch to ``rl_system.commands.NAME.run``; returns the exit code."""
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help", "help"):
-        print("usage: rl-system COMMAND ...\n\n" + "\n".join(f"  {n:<8} {text}" for n, text in COMMANDS.items()))
+        print("usage: rl-system COMMAND ...\n\n" + "\n".join(f"  {n:<15} {text}" for n, text in COMMANDS.items()))
         return exit_codes.OK if args else exit_codes.BAD_INPUT
     if args[0] not in COMMANDS:
         print(f"rl-system: unknown command '{args[0]}'; commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return exit_codes.BAD_INPUT
-    command: Callable[[list[str]], int] = import_module(f"rl_system.commands.{args[0]}").run
+    command: Callable[[list[str]], int] = import_module(f"rl_system.commands.{args[0].replace('-', '_')}").run
     return command(args[1:])
 
 
