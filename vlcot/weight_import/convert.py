@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from vlcot.weight_import.source import FLOATS, Checkpoint, ImportRefused, TensorInfo, read_json, sha256
 
 SHARD_BYTES = 2 * 1024**3
-"""Largest shard written; also the peak memory of an import, beside the largest single tensor."""
+"""Largest shard written; the peak memory of an import is one shard and what converting the largest tensor takes."""
 
 Shape = tuple[int, ...]
 Report = Callable[[str], None]
@@ -163,6 +163,7 @@ def _converted(checkpoint: Checkpoint, plan: Plan, names: list[str]) -> Iterator
         if converted.shape != conversion.shape:
             raise ImportRefused(f"{checkpoint.path}: tensor {name!r} changed while it was read")
         yield conversion.target, converted
+        del converted  # before the next one is read
 
 
 def _shards(checkpoint: Checkpoint, plan: Plan, limit: int) -> list[list[str]]:

@@ -16,6 +16,7 @@ from vlcot.weight_import.code_map import CODEBOOK
 from vlcot.weight_import.convert import Conversion, Plan
 from vlcot.weight_import.source import ImportRefused
 
+CODEBOOK_ROWS = "quantize.embedding.weight"
 USAGE_BUFFER = "quantize.codebook_used"
 """A training statistic, left out. Checkpoints trained without ``show_usage`` do not have it."""
 FULL_SIZE = 512  # pixels; JanusVQVAE's own `decode` knows one grid size
@@ -46,12 +47,11 @@ VQ_16 = VqConfig((1, 1, 2, 2, 4))
 
 def vq_plan(config: VqConfig) -> Plan:
     """Plan the import of a LlamaGen VQ of this configuration. Everything becomes float32."""
-    table = {
-        source: Conversion(target, (shape,), shape, unit_rows if source == "quantize.embedding.weight" else None)
-        for source, target, shape in tensors(config)
-    }
     return Plan(
-        conversions={n: Conversion(c.target, c.shapes, c.shape, c.transform, torch.float32) for n, c in table.items()},
+        conversions={
+            source: Conversion(target, (shape,), shape, unit_rows if source == CODEBOOK_ROWS else None, torch.float32)
+            for source, target, shape in tensors(config)
+        },
         dropped=lambda name: name == USAGE_BUFFER,
         config=_janus_config(config),
         notes=(
@@ -71,7 +71,7 @@ def unit_rows(codebook: torch.Tensor) -> torch.Tensor:
     """
     lengths = codebook.float().norm(dim=-1)
     if not lengths.all():
-        raise ImportRefused(f"tensor 'quantize.embedding.weight': row {int(lengths.argmin())} is all zeros")
+        raise ImportRefused(f"tensor '{CODEBOOK_ROWS}': row {int(lengths.argmin())} is all zeros")
     return F.normalize(codebook.float(), dim=-1)
 
 
@@ -104,7 +104,7 @@ def tensors(config: VqConfig) -> Iterator[Entry]:
 
     yield from _conv("quant_conv", "quant_conv", latent, config.embed_dim, 1)
     yield from _conv("post_quant_conv", "post_quant_conv", config.embed_dim, latent, 1)
-    yield "quantize.embedding.weight", "quantize.embedding.weight", (config.codebook, config.embed_dim)
+    yield CODEBOOK_ROWS, CODEBOOK_ROWS, (config.codebook, config.embed_dim)
 
 
 def _level(there: str, here: str, channels: int, width: int, blocks: int, attention: bool) -> Iterator[Entry]:
