@@ -11,6 +11,7 @@ from rl_system.commands import exit_codes
 COMMANDS = {
     "train": "train VLCoT-GRPO: rl-system train experiment=toy [KEY=VALUE ...]",
     "import-weights": "published weights into our format: rl-system import-weights KIND SOURCE OUTPUT",
+    "k8s": "render or check the manifests: rl-system k8s check [OVERLAY] [--crds DIR]",
     "report": "write report.html of a run, also while it runs: rl-system report RUN_DIRECTORY",
 }
 

@@ -36,6 +36,21 @@ def load_config(overrides: Sequence[str]) -> TrainConfig:
     Raises:
         ConfigError: unknown key or choice, wrong type, missing value, or an impossible combination.
     """
+    config = compose_config(overrides)
+    try:
+        check(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    _make_paths_absolute(config)
+    return config
+
+
+def compose_config(overrides: Sequence[str]) -> TrainConfig:
+    """Compose without :func:`check`: the run may be for another machine, where its checkpoints are.
+
+    Raises:
+        ConfigError: unknown key or choice, wrong type, or missing value.
+    """
     if not any(o.startswith("experiment=") for o in overrides):
         raise ConfigError(f"say which experiment to run: experiment={' | '.join(experiments())}")
     ConfigStore.instance().store(name="schema", node=TrainConfig)
@@ -43,15 +58,9 @@ def load_config(overrides: Sequence[str]) -> TrainConfig:
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             composed = compose("config", overrides=list(overrides))
-        config = cast(TrainConfig, OmegaConf.to_object(composed))
+        return cast(TrainConfig, OmegaConf.to_object(composed))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from None
-    try:
-        check(config)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    _make_paths_absolute(config)
-    return config
 
 
 def _make_paths_absolute(config: TrainConfig) -> None:

@@ -1,0 +1,67 @@
+"""``rl-system k8s``: render and check the manifests, without a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rl_system.commands import exit_codes
+from rl_system.k8s.manifests import RenderError, render_text
+
+OVERLAYS = Path("k8s/overlays")
+
+
+def run(args: list[str]) -> int:
+    """Render or check; returns the exit code: 0 good, 2 not."""
+    try:
+        options = _parser().parse_args(args)
+    except SystemExit as stop:  # of --help, or of arguments that argparse has already complained about
+        return int(stop.code or 0)
+    try:
+        if options.action == "render":
+            print(render_text(_folder(options.overlay)), end="")
+            return exit_codes.OK
+        return _check(options.overlay, options.crds)
+    except ValueError as error:
+        print(f"rl-system k8s {options.action}: {error}", file=sys.stderr)
+        return exit_codes.BAD_INPUT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("rl-system k8s", description="The Kubernetes manifests (docs/kubernetes.md).")
+    actions = parser.add_subparsers(dest="action", required=True)
+    render = actions.add_parser("render", help="print what `kubectl apply -k` would send")
+    render.add_argument("overlay", metavar="OVERLAY", help="a name in k8s/overlays, or a directory")
+    check = actions.add_parser("check", help="look for mistakes; every finding names file, path and fix")
+    check.add_argument("overlay", metavar="OVERLAY", nargs="?", help="a name in k8s/overlays, or a directory; all")
+    check.add_argument("--crds", metavar="DIR", type=Path, help="KubeRay's CRDs, to find misspelt fields too")
+    return parser
+
+
+def _check(name: str | None, crds: Path | None) -> int:
+    from rl_system.k8s.checks import check
+    from rl_system.k8s.placement import without_label
+    from rl_system.k8s.schemas import Schemas
+
+    folders = [_folder(name)] if name else sorted(p.parent for p in OVERLAYS.glob("*/kustomization.yaml"))
+    if not folders:
+        raise RenderError(f"no overlay in {OVERLAYS.resolve()}; name a directory, or call it from the repository root")
+    schemas = Schemas(crds) if crds else None
+    code = exit_codes.OK
+    for folder in folders:
+        manifests, problems = check(folder, schemas)
+        for problem in problems:
+            print(problem, file=sys.stderr)
+            code = exit_codes.BAD_INPUT
+        if not problems:
+            unlabelled = without_label(manifests)
+            by = "CRDs, operator's rules" if schemas else "operator's rules (no CRDs given: --crds)"
+            by_size = f"; placed by size, for lack of a label: {', '.join(unlabelled)}" if unlabelled else ""
+            print(f"{folder}: good: {len(manifests)} objects by {by}, pods, and places of the experiment{by_size}")
+    return code
+
+
+def _folder(overlay: str) -> Path:
+    named = OVERLAYS / overlay
+    return named if named.is_dir() else Path(overlay)

@@ -1,0 +1,1 @@
+"""The manifests in ``k8s/``: rendered and checked without a cluster (docs/kubernetes.md)."""

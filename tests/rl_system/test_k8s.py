@@ -1,0 +1,148 @@
+"""The manifests render and pass their own check; nothing here touches a cluster."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from rl_system.commands.main import main
+from rl_system.config.compose import CONFIG_DIR, compose_config
+from rl_system.k8s import drain, placement
+from rl_system.k8s.checks import check
+from rl_system.k8s.manifests import clusters, render
+from rl_system.k8s.placement import Group, Request, training_requests, unplaced, worker_groups
+from rl_system.k8s.schemas import Schemas
+
+needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl renders the overlays")
+pytestmark = [pytest.mark.unit, needs_kubectl]
+
+K8S = CONFIG_DIR.parent / "k8s"
+OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
+CRDS = Path(os.environ.get("KUBERAY_CRDS", "/work/shared/data/kuberay-crds"))
+
+
+@pytest.fixture(scope="module")
+def schemas():
+    return Schemas(CRDS) if CRDS.is_dir() else None
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_overlay_is_good(overlay, schemas):
+    manifests, problems = check(K8S / "overlays" / overlay, schemas)
+    assert problems == []
+    assert {"deny-by-default", "ray-pods", "operator"} <= {m.name for m in manifests if m.kind == "NetworkPolicy"}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_workload_is_good_with_every_overlays_settings(overlay, schemas, tmp_path):
+    shutil.copytree(K8S, tmp_path / "k8s")
+    folder = tmp_path / "k8s/overlays" / overlay
+    file = folder / "kustomization.yaml"
+    wanted = yaml.safe_load(file.read_text())
+    names = ["train", "interactive", "reward-service", "prefetch", "prometheus", "kueue", "rdma", "settings"]
+    wanted["components"] = [f"../../components/{name}" for name in names]
+    file.write_text(yaml.safe_dump(wanted))
+    settings = folder / "settings.yaml"
+    settings.write_text(settings.read_text().replace('secrets: ""', 'secrets: "rewards-redis"'))
+    manifests, problems = check(folder, schemas)
+    assert problems == []
+    job = next(m for m in manifests if m.kind == "RayJob")
+    assert job.doc["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "rl-system" and job.doc["spec"]["suspend"]
+    cluster = next(m for m in manifests if m.kind == "RayCluster")
+    learner = job.doc["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
+    assert learner["securityContext"]["capabilities"].pop("add") == ["IPC_LOCK"]
+    assert learner["resources"]["limits"].pop("rdma/hca") == "1"
+    assert cluster.doc["spec"] == job.doc["spec"]["rayClusterSpec"]  # but for RDMA
+
+
+def test_settings_reach_the_pools_one_by_one(tmp_path):
+    shutil.copytree(K8S, tmp_path / "k8s")
+    file = tmp_path / "k8s/overlays/gpu-8/settings.yaml"
+    data = yaml.safe_load(file.read_text())
+    data["data"] |= {"reward-sam-min": "0", "reward-sam-max": "7", "reward-sam-idle-seconds": "45", "image": "i:1"}
+    file.write_text(yaml.safe_dump(data))
+    (cluster,) = clusters(render(file.parent))
+    groups = {name: group for name, _, group in cluster.groups()}
+    sam, expert = groups["reward-sam"], groups["reward-vlm"]
+    assert (sam["minReplicas"], sam["maxReplicas"], sam["idleTimeoutSeconds"]) == (0, 7, 45)
+    assert (expert["minReplicas"], expert["maxReplicas"], expert["idleTimeoutSeconds"]) == (1, 2, 300)
+    assert {g["template"]["spec"]["containers"][0]["image"] for g in groups.values()} == {"i:1"}
+
+
+def test_the_autoscaler_reads_what_the_settings_say():
+    (cluster,) = clusters(render(K8S / "overlays/gpu-8"))
+    groups = {group.name: group for group in worker_groups(cluster, "max")}
+    assert groups["learner"].resources["GPU"] == 4 and groups["rollout"].resources["GPU"] == 1
+    assert {name: group.labels["rl.io/pool"] for name, group in groups.items()} == {name: name for name in groups}
+    assert {name: group.pods for name, group in groups.items()} == {
+        "learner": 1,
+        "rollout": 2,
+        "reward-sam": 2,
+        "reward-vlm": 2,
+    }
+
+
+def test_requests_are_those_of_the_configuration():
+    overrides = ["experiment=toy", "rollout.actors=3", "rollout.num_gpus=2", "learner.use_gpu=true"]
+    wanted = {r.what: r for r in training_requests(compose_config(overrides))}
+    assert (wanted["rollout actor"].count, wanted["rollout actor"].resources["GPU"]) == (3, 2)
+    assert (wanted["learner rank"].count, wanted["learner rank"].resources) == (2, {"CPU": 1, "GPU": 1.0})
+    assert {r.pool for r in wanted.values()} == {"rollout", "learner", "reward-sam", "reward-vlm"}
+
+
+def test_a_labelled_request_must_name_exactly_its_group():
+    manifest = render(K8S / "overlays/dev-cpu")[0]
+    groups = [Group(name, 2, {"CPU": 4}, {"rl.io/pool": name}) for name in ("reward-sam", "reward-vlm")]
+    request = Request("detector", "reward-sam", 8, {"CPU": 1}, {"rl.io/pool": "reward-sam"})
+
+    def found(wanted, groups=groups):
+        return [str(p) for p in unplaced([wanted], groups, manifest, "settings.yaml", "max")]
+
+    assert found(request) == []
+    assert "has room for 8 of 9 detectors" in found(replace(request, count=9))[0]
+    assert "no group has them" in found(replace(request, selector={"rl.io/pool": "other"}))[0]
+    alike = [replace(group, labels={"rl.io/pool": "reward-sam"}) for group in groups]
+    assert "reward-sam, reward-vlm has them" in found(request, alike)[0]
+
+
+def test_requests_without_a_label_are_named():
+    assert placement.without_label(render(K8S / "overlays/dev-cpu")) == [
+        "grounded_sam replica",
+        "learner rank",
+        "qwen_vl replica",
+        "rollout actor",
+    ]
+
+
+def test_serve_applications_can_be_built():
+    from rl_system import reward_apps
+
+    for build in (reward_apps.grounded_sam, reward_apps.visual_expert):
+        assert build({"overrides": "experiment=toy"}) is not None
+
+
+def test_drain_finds_the_node_of_its_own_pod():
+    def node(state, pod, name):
+        return SimpleNamespace(state=state, instance_id=pod, node_id=name)
+
+    nodes = [node(1, "pod-a", b"\x01"), node(0, "pod-b", b"\x02"), node(0, "pod-a", b"\x03")]
+    assert drain.own_node(nodes, "pod-a") == "03"
+    assert drain.own_node(nodes, "pod-c") is None
+
+
+def test_the_command_answers_with_one_line_or_with_2(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(K8S.parent)
+    assert main(["k8s", "check", "dev-cpu"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("k8s/overlays/dev-cpu: good: ") and out.count("\n") == 1
+    assert main(["k8s", "render", "gpu-8"]) == 0
+    assert "kind: RayCluster" in capsys.readouterr().out
+    for wrong in (["check", "nowhere"], ["render", "nowhere"], ["check", "dev-cpu", "--crds", str(tmp_path)], []):
+        assert main(["k8s", *wrong]) == 2
+        assert capsys.readouterr().err
