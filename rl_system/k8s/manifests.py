@@ -109,9 +109,12 @@ def render_text(overlay: Path) -> str:
     try:
         done = subprocess.run(["kubectl", "kustomize", str(overlay)], capture_output=True, text=True, timeout=60)
     except FileNotFoundError:
-        raise RenderError("kubectl is not on the PATH: it brings the kustomize that renders (tried with 1.32)") from None
+        raise RenderError(
+            "kubectl is not on the PATH: it brings the kustomize that renders (tried with 1.32)"
+        ) from None
     if done.returncode:
         reason = " ".join(done.stderr.replace("\\", "").replace('"', "").split()).removeprefix("error: ")
+        reason = reason.rpartition(" command failed err=")[2]  # after the log prefix of newer clients
         raise RenderError(f"{overlay}/kustomization.yaml: kustomize: {reason}; correct the file or key that it names")
     return done.stdout
 

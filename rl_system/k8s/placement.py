@@ -10,6 +10,7 @@ import importlib.util
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Group:
 
     def room(self, request: Request) -> int:
         """How many of ``request`` the whole group holds."""
-        per_pod = [int(self.resources.get(k, 0) // need) for k, need in request.resources.items() if need > 0]
+        per_pod = [_per_pod(self, request, name) for name, need in request.resources.items() if need]
         return self.pods * min(per_pod, default=request.count)
 
     def selected(self, request: Request) -> bool:
@@ -141,7 +142,12 @@ def _shortfall(request: Request, group: Group, room: int, bound: str) -> tuple[s
     if short:
         pod = ", ".join(f"{group.resources.get(n, 0):g} {n}" for n in short)
         return f"{wrong}; its pods have {pod}", f"raise {', '.join(f'{group.name}-{SETTING_OF[n]}' for n in short)}"
-    return wrong, f"raise {group.name}-{bound} or the size of its pods, or ask for fewer"
+    tightest = min((n for n, need in request.resources.items() if need), key=lambda n: _per_pod(group, request, n))
+    return wrong, f"raise {group.name}-{bound} or {group.name}-{SETTING_OF[tightest]}, or ask for fewer"
+
+
+def _per_pod(group: Group, request: Request, name: str) -> int:
+    return int(group.resources.get(name, 0) // request.resources[name])
 
 
 def _app_request(app: Any, count: int) -> Request:
@@ -156,7 +162,12 @@ def _training_config(manifest: Manifest) -> TrainConfig:
     words = shlex.split(entrypoint)
     if words[: len(TRAIN)] != TRAIN:
         raise ConfigError(f"entrypoint {entrypoint!r} does not begin with {' '.join(TRAIN)!r}")
-    return compose_config(words[len(TRAIN) :])
+    return _composed(tuple(words[len(TRAIN) :]))
+
+
+@lru_cache
+def _composed(overrides: tuple[str, ...]) -> TrainConfig:
+    return compose_config(overrides)
 
 
 def _paths(manifest: Manifest, config: TrainConfig) -> Iterator[Problem]:
@@ -188,7 +199,8 @@ def _service_requests(manifest: Manifest) -> list[Request]:
         if app["name"] not in config_of:
             raise ConfigError(f"serve-config: unknown application {app['name']}; known: {', '.join(config_of)}")
         _check_import(app["import_path"])
-        spec = config_of[app["name"]](compose_config(str(app.get("args", {}).get("overrides", "")).split()))
+        overrides = str((app.get("args") or {}).get("overrides", "")).split()
+        spec = config_of[app["name"]](_composed(tuple(overrides)))
         (deployment,) = app["deployments"]
         scaling = deployment.get("autoscaling_config") or {}
         wanted.append(_app_request(spec, scaling.get("max_replicas") or deployment.get("num_replicas") or 1))

@@ -39,7 +39,7 @@ def problems(manifests: list[Manifest]) -> Iterator[Problem]:
         if manifest.kind == "RayJob":
             yield from _job(manifest)
         if manifest.kind == "RayService":
-            yield from _service(manifest)
+            yield from _service(manifest, {m.name for m in manifests if m.kind == "Service"})
     for cluster in clusters(manifests):
         yield from _cluster(cluster)
         yield from _pools(cluster)
@@ -193,15 +193,17 @@ def _job(job: Manifest) -> Iterator[Problem]:
             yield job.problem(f"spec.{key}", f"{spec[key]} takes the driver off the head", fix)
 
 
-def _service(service: Manifest) -> Iterator[Problem]:
+def _service(service: Manifest, services: set[str]) -> Iterator[Problem]:
     spec = service.doc.get("spec") or {}
     cluster = spec.get("rayClusterConfig") or {}
     if "upgradeStrategy" in cluster:
         yield service.problem(
             "spec.rayClusterConfig.upgradeStrategy", "the operator refuses it here", "move it to spec"
         )
-    if "gcsFaultToleranceOptions" not in cluster:
-        fix = "set redisAddress and redisPassword"
-        yield service.problem(
-            "spec.rayClusterConfig.gcsFaultToleranceOptions", "a lost head would end the service", fix
-        )
+    redis = (cluster.get("gcsFaultToleranceOptions") or {}).get("redisAddress")
+    at = "spec.rayClusterConfig.gcsFaultToleranceOptions"
+    if redis is None:
+        yield service.problem(at, "a lost head would end the service", "set redisAddress and redisPassword")
+    elif redis.partition(":")[0] not in services:
+        fix = f"there are {', '.join(sorted(services)) or 'none'}"
+        yield service.problem(f"{at}.redisAddress", f"no Service is called {redis.partition(':')[0]}", fix)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from rl_system import assembly
 from rl_system.commands.main import main
 from rl_system.config.compose import CONFIG_DIR, compose_config
 from rl_system.k8s import drain, placement
@@ -94,6 +95,15 @@ def test_requests_are_those_of_the_configuration():
     assert (wanted["rollout actor"].count, wanted["rollout actor"].resources["GPU"]) == (3, 2)
     assert (wanted["learner rank"].count, wanted["learner rank"].resources) == (2, {"CPU": 1, "GPU": 1.0})
     assert {r.pool for r in wanted.values()} == {"rollout", "learner", "reward-sam", "reward-vlm"}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_no_request_of_a_run_is_forgotten(overlay):
+    """What is placed adds up to what `train` itself says that it needs."""
+    data = yaml.safe_load((K8S / "overlays" / overlay / "settings.yaml").read_text())["data"]
+    config = compose_config(data["entrypoint"].split()[4:])
+    total = {n: sum(r.count * r.resources[n] for r in training_requests(config)) for n in ("CPU", "GPU")}
+    assert total == assembly.resources_needed(config)
 
 
 def test_a_labelled_request_must_name_exactly_its_group():

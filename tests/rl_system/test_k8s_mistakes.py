@@ -64,6 +64,9 @@ MISTAKES = {
     "strategic merge on the groups": Mistake(
         "dev-cpu", "overlays/dev-cpu/kustomization.yaml", "components:", f"{MERGE}components:", GROUPS, "drops", JOB
     ),
+    "no settings component": Mistake(
+        "dev-cpu", "overlays/dev-cpu/kustomization.yaml", "- ../../components/settings\n", "", "image", "`image`", JOB
+    ),
     "integer num-cpus": Mistake("dev-cpu", JOB, 'num-cpus: "0"', "num-cpus: 0", "rayStartParams.num-cpus", "quotes"),
     "work on the head": Mistake("dev-cpu", JOB, 'num-cpus: "0"', 'num-cpus: "4"', "headGroupSpec.rayStartParams", "0"),
     "other Ray": Mistake("dev-cpu", JOB, "rayVersion: 2.60.0", "rayVersion: 2.59.0", "rayVersion", "set 2.60.0"),
@@ -104,6 +107,9 @@ MISTAKES = {
     ),
     "service without Redis": Mistake(
         "prod", SERVICE, "gcsFaultToleranceOptions:", "headServiceAnnotations: {}\n    x:", "gcsFault", "redisAddress"
+    ),
+    "Redis elsewhere": Mistake(
+        "prod", SERVICE, "rewards-redis:6379", "redis:6379", "redisAddress", "there are rewards-redis"
     ),
     "root": Mistake("dev-cpu", JOB, "runAsNonRoot: true", "runAsNonRoot: false", "securityContext", "runAsNonRoot"),
     "kept capabilities": Mistake(
@@ -163,7 +169,9 @@ MISTAKES = {
     "Ray of its own": sizes("dev-cpu", "cluster=job ", "", "entrypoint", "add cluster=job", JOB),
     "lost run": sizes("dev-cpu", "output_dir=/runs", "output_dir=/tmp", "entrypoint", "output_dir=/runs", JOB),
     "model on no volume": sizes("gpu-8", "/models/policy", "/data/policy", "policy.path", "under /runs or", CLUSTER),
-    "too few GPUs": sizes("gpu-8", 'learner-gpus: "4"', 'learner-gpus: "2"', "room for 2 of 4 learner ranks", "raise"),
+    "too few GPUs": sizes(
+        "gpu-8", 'learner-gpus: "4"', 'learner-gpus: "2"', "room for 2 of 4 learner ranks", "learner-gpus"
+    ),
     "no GPUs": sizes("gpu-8", 'rollout-gpus: "1"', 'rollout-gpus: "0"', "its pods have 0 GPU", "raise rollout-gpus"),
     "pool at zero": sizes("gpu-8", 'reward-vlm-min: "1"', 'reward-vlm-min: "0"', "0 of 1 qwen_vl", "reward-vlm-min"),
     "more replicas than pods": sizes(
