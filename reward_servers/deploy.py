@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from reward_servers.contract import Detection, Judgement, RewardServerError
@@ -116,11 +117,12 @@ def deploy_app(replica: type, spec: RewardAppSpec, *arguments: Any) -> Deploymen
 
 
 def delete_apps(*names: str) -> None:
-    """Delete the named applications, or all of them and Serve itself. Those that do not exist are no error."""
-    if not names:
-        serve.shutdown()
+    """Delete the named applications. One that does not exist is no error, nor is a cluster without Serve."""
     for name in names:
-        serve.delete(name)
+        try:
+            serve.delete(name)
+        except RayServeException:  # Serve is not running
+            return
 
 
 def _last_words(name: str) -> str:

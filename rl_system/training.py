@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from actors.pool import RolloutPool
 from learners.launch import LearnerGroup, LearnerResult
 from learners.protocols import LearnerStart
-from reward_servers.client import RewardClient
+from reward_servers.client import GROUNDED_SAM, QWEN_VL, RewardClient
 from reward_servers.deploy import delete_apps, deploy_grounded_sam, deploy_visual_expert
 from rl_system import assembly
 from rl_system.config.schema import TrainConfig
@@ -113,7 +113,7 @@ class TrainingRun:
         resources = {"CPU": config.rollout.num_cpus, "GPU": config.rollout.num_gpus}
         pool = RolloutPool(spec, config.rollout.actors, resources, config.rollout.start_timeout_s)
         stack.push_async_callback(asyncio.to_thread, pool.stop)
-        stack.push_async_callback(asyncio.to_thread, delete_apps)
+        stack.push_async_callback(asyncio.to_thread, delete_apps, GROUNDED_SAM, QWEN_VL)
         _, (sam, expert) = await asyncio.gather(
             asyncio.to_thread(pool.start), asyncio.to_thread(_deploy_reward_servers, config)
         )

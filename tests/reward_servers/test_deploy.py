@@ -46,7 +46,7 @@ def apps():
     try:
         yield deploy_grounded_sam(CONFIG, SPEC), deploy_app(Judges, RewardAppSpec("qwen_vl", health_check_period_s=1.0))
     finally:
-        delete_apps()
+        serve.shutdown()
         ray.shutdown()
 
 
