@@ -33,9 +33,11 @@ def _train(config: TrainConfig) -> int:
 
     try:
         source = assembly.row_source(config)
+        if config.cluster.address != "local":
+            _connect(config)  # only the cluster knows what it has
         assembly.check_resources(config)
         run = RunDirectory.create(config.output_dir, config.name, to_yaml(config), config.overwrite)
-    except ValueError as error:
+    except (ValueError, ConnectionError) as error:
         print(f"rl-system train: {error}", file=sys.stderr)
         return exit_codes.BAD_INPUT
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -67,29 +69,44 @@ def _execute(config: TrainConfig, run: Any, source: Any) -> dict[str, Any]:
 
     from rl_system.runs.progress import Progress
     from rl_system.runs.sinks import open_sinks
-    from rl_system.training import NAMESPACE, TrainingRun
+    from rl_system.training import TrainingRun
 
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if config.cluster.address == "local" else "token")
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(int(config.reward.start_timeout_s)))
-    os.environ.setdefault("RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S", "5")  # replicas answer between model calls
-    if config.cluster.address == "local":
-        os.environ.setdefault("RAY_worker_niceness", "0")  # the driver shares the cores with the workers
-    for noisy in ("ray.serve", "ray.train"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     sink = open_sinks(run)
     with Progress() as progress:
         progress.stage("starting Ray")
-        context = ray.init(
-            address=None if config.cluster.address == "local" else config.cluster.address,
-            num_cpus=config.cluster.num_cpus if config.cluster.address == "local" else None,
-            namespace=NAMESPACE,
-            include_dashboard=False if config.cluster.address == "local" else None,
-            log_to_driver=False,
-        )
+        context = _connect(config)
         (run.logs / "ray").symlink_to(Path(context.address_info["session_dir"]) / "logs")
         try:
             return asyncio.run(TrainingRun(config, run, source, sink, progress).execute())
         finally:
             sink.close()
             ray.shutdown()
+
+
+def _connect(config: TrainConfig) -> Any:
+    """Start Ray or join the cluster; a second call returns the context of the first.
+
+    Raises:
+        ConnectionError: there is no cluster to join.
+    """
+    import ray
+
+    from rl_system.training import NAMESPACE
+
+    local = config.cluster.address == "local"
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if local else "token")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(int(config.reward.start_timeout_s)))
+    os.environ.setdefault("RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S", "5")  # replicas answer between model calls
+    if local:
+        os.environ.setdefault("RAY_worker_niceness", "0")  # the driver shares the cores with the workers
+    for noisy in ("ray.serve", "ray.train"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    return ray.init(
+        address=None if local else config.cluster.address,
+        num_cpus=config.cluster.num_cpus if local else None,
+        namespace=NAMESPACE,
+        include_dashboard=False if local else None,
+        ignore_reinit_error=True,
+        log_to_driver=False,
+    )
