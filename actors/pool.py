@@ -12,6 +12,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from actors.errors import EngineLostError, StaleWeightsError
+from actors.nodes import offered, said
 from actors.push import StoredPush
 from actors.rollout_actor import RolloutActor, process_environment
 from actors.spec import RolloutSpec
@@ -38,6 +39,7 @@ class RolloutPool:
         resources: Ray resources of one actor, e.g. ``{"CPU": 1, "GPU": 1}``.
         start_timeout_s: to place the actors and start their engines; also to wait for a restarted one.
         max_tries: actors that may fail on one prompt before ``generate`` raises.
+        labels: of the nodes that may hold the actors; none: any node.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class RolloutPool:
         resources: Mapping[str, float] | None = None,
         start_timeout_s: float = 300.0,
         max_tries: int = 3,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
         if num_actors < 1 or max_tries < 1:
             raise ValueError(f"num_actors and max_tries must be positive, got {num_actors} and {max_tries}")
@@ -55,6 +58,7 @@ class RolloutPool:
         self._resources = dict(DEFAULT_RESOURCES if resources is None else resources)
         self._start_timeout_s = start_timeout_s
         self._max_tries = max_tries
+        self._labels = dict(labels or {})
         self._handles: list[ActorHandle] = []
         self._outstanding: dict[int, int] = {}
         self._failures = 0
@@ -69,12 +73,12 @@ class RolloutPool:
         """Create the actors and wait until every engine answers (blocking).
 
         Raises:
-            ValueError: the cluster has not the resources, a checkpoint is missing.
+            ValueError: the cluster has not the resources or no node with the labels, a checkpoint is missing.
             TimeoutError: the actors were not ready in time.
         """
         from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
-        _check_resources(self._num_actors, self._resources)
+        _check_resources(self._num_actors, self._resources, self._labels)
         store_class: Any = ray.remote(num_cpus=0)(WeightStore)
         self._store = store_class.remote()
         self._handles = [self._create(index) for index in range(self._num_actors)]
@@ -85,8 +89,9 @@ class RolloutPool:
         except GetTimeoutError as error:
             self.stop()
             raise TimeoutError(
-                f"rollout actors were not ready after {self._start_timeout_s:.0f} s; each needs {self._resources}, "
-                f"free now: {_only(ray.available_resources(), self._resources)}"
+                f"rollout actors were not ready after {self._start_timeout_s:.0f} s; each needs {self._resources}"
+                f"{_on(self._labels)}, "
+                f"free now in the whole cluster: {_only(ray.available_resources(), self._resources)}"
             ) from error
         except RayActorError as error:
             self.stop()
@@ -98,6 +103,7 @@ class RolloutPool:
             "num_cpus": self._resources.get("CPU", 0),
             "num_gpus": self._resources.get("GPU", 0),
             "resources": others,
+            "label_selector": self._labels,
             "max_restarts": -1,
             "max_task_retries": 0,
             "max_concurrency": 1000,
@@ -216,14 +222,19 @@ class RolloutPool:
             await asyncio.sleep(0.1)
 
 
-def _check_resources(num_actors: int, per_actor: Mapping[str, float]) -> None:
-    total = ray.cluster_resources()
+def _check_resources(num_actors: int, per_actor: Mapping[str, float], labels: Mapping[str, str]) -> None:
+    total = offered(labels)
+    where = f"the nodes with {said(labels)} have" if labels else "the whole cluster has"
     for name, amount in per_actor.items():
         if num_actors * amount > total.get(name, 0.0):
             raise ValueError(
                 f"{num_actors} rollout actors with {amount:g} {name} each need {num_actors * amount:g} {name}; "
-                f"the whole cluster has {total.get(name, 0.0):g}"
+                f"{where} {total.get(name, 0.0):g}"
             )
+
+
+def _on(labels: Mapping[str, str]) -> str:
+    return f" on a node with {said(labels)}" if labels else ""
 
 
 def _only(resources: Mapping[str, float], names: Mapping[str, float]) -> dict[str, float]:

@@ -42,6 +42,7 @@ class LearnerGroup:
         storage_path: directory of checkpoints and the exported policy; on all nodes the same.
         name: of the run inside ``storage_path``.
         resources: of one worker, as Ray counts them; default one CPU, and one GPU with ``spec.use_gpu``.
+        labels: of the nodes that may hold the workers; none: any node.
 
     Raises:
         FileNotFoundError: no checkpoint at ``policy_path`` or ``reference_path``.
@@ -57,6 +58,7 @@ class LearnerGroup:
         storage_path: str | Path,
         name: str,
         resources: dict[str, float] | None = None,
+        labels: dict[str, str] | None = None,
     ) -> None:
         for path in (spec.policy_path, spec.reference_path):
             if path is not None:
@@ -67,6 +69,7 @@ class LearnerGroup:
         self._storage = Path(storage_path).absolute()
         self._name = name
         self._resources = resources or ({"CPU": 1, "GPU": 1} if spec.use_gpu else {"CPU": 1})
+        self._labels = dict(labels or {})
         self._thread = threading.Thread(target=self._run, name=f"learners-{name}", daemon=True)
         self._result: LearnerResult | None = None
         self.error: BaseException | None = None
@@ -113,7 +116,10 @@ class LearnerGroup:
             train_loop_config={"loop": self._loop},
             torch_config=ray_train.torch.TorchConfig(backend="nccl" if self._spec.use_gpu else "gloo"),
             scaling_config=ray_train.ScalingConfig(
-                num_workers=self._spec.ranks, use_gpu=self._spec.use_gpu, resources_per_worker=self._resources
+                num_workers=self._spec.ranks,
+                use_gpu=self._spec.use_gpu,
+                resources_per_worker=self._resources,
+                label_selector=self._labels or None,
             ),
             run_config=ray_train.RunConfig(
                 name=self._name,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
-import ray
-
+from actors.nodes import offered, said
 from actors.spec import RolloutSpec
 from learners.spec import LearnerSpec
 from reward_servers.client import GROUNDED_SAM, QWEN_VL
@@ -13,12 +15,28 @@ from reward_servers.deploy import RewardAppSpec
 from reward_servers.detection import MainRule
 from reward_servers.grounded_sam import GroundedSamConfig
 from reward_servers.qwen_vl import VisualExpertConfig
-from rl_system.config.schema import TrainConfig
+from rl_system.config.schema import (
+    AutoscalingConfig,
+    GroundedSamServerConfig,
+    TrainConfig,
+    VisualExpertServerConfig,
+)
 from rl_system.coordination.coordinator import Plan
 from rl_system.coordination.scoring import MinViableGroup
 from rl_system.data.rows import ImageFolder, RowSource, ToyPhotographs
 from vlcot.grpo import AdvantageConfig, LossConfig
 from vlcot.policy.family import Family
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Processes of one kind: the setting that says how many, how many, CPUs and GPUs of one, labels of their nodes."""
+
+    setting: str
+    count: int
+    cpus: float
+    gpus: float
+    labels: Mapping[str, str]
 
 
 def rollout_spec(config: TrainConfig) -> RolloutSpec:
@@ -102,11 +120,8 @@ def detector_app(config: TrainConfig) -> RewardAppSpec:
     return RewardAppSpec(
         GROUNDED_SAM,
         num_replicas=sam.replicas,
-        ray_actor_options={
-            "num_cpus": sam.num_cpus,
-            "num_gpus": sam.num_gpus,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(sam.threads)}},
-        },
+        autoscaling=_autoscaling(sam.autoscaling),
+        ray_actor_options=_replica_options(sam),
     )
 
 
@@ -133,12 +148,23 @@ def expert_app(config: TrainConfig) -> RewardAppSpec:
     return RewardAppSpec(
         QWEN_VL,
         num_replicas=expert.replicas,
-        ray_actor_options={
-            "num_cpus": expert.num_cpus,
-            "num_gpus": expert.num_gpus,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(expert.threads)}},
-        },
+        autoscaling=_autoscaling(expert.autoscaling),
+        ray_actor_options=_replica_options(expert),
     )
+
+
+def _autoscaling(scaling: AutoscalingConfig) -> dict[str, Any] | None:
+    """As Serve takes it; None: a fixed number of replicas."""
+    return None if scaling.max_replicas is None else asdict(scaling)
+
+
+def _replica_options(server: GroundedSamServerConfig | VisualExpertServerConfig) -> dict[str, Any]:
+    return {
+        "num_cpus": server.num_cpus,
+        "num_gpus": server.num_gpus,
+        "label_selector": server.labels,
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(server.threads)}},
+    }
 
 
 def row_source(config: TrainConfig) -> RowSource:
@@ -164,40 +190,56 @@ def plan(config: TrainConfig) -> Plan:
     )
 
 
-def resources_needed(config: TrainConfig) -> dict[str, float]:
-    """CPUs and GPUs that the whole run takes from Ray."""
-    sam, expert = config.reward.grounded_sam, config.reward.qwen_vl
-    cpus = (
-        config.rollout.actors * config.rollout.num_cpus
-        + config.learner.ranks * config.learner.num_cpus
-        + sam.replicas * sam.num_cpus
-        + expert.replicas * expert.num_cpus
+def demands(config: TrainConfig) -> list[Demand]:
+    """Everything that the run takes from Ray when it starts."""
+    rollout, learner = config.rollout, config.learner
+    return [
+        Demand("rollout.actors", rollout.actors, rollout.num_cpus, rollout.num_gpus, rollout.labels),
+        Demand("learner.ranks", learner.ranks, learner.num_cpus, float(learner.use_gpu), learner.labels),
+        _server_demand("reward.grounded_sam", config.reward.grounded_sam),
+        _server_demand("reward.qwen_vl", config.reward.qwen_vl),
+    ]
+
+
+def _server_demand(key: str, server: GroundedSamServerConfig | VisualExpertServerConfig) -> Demand:
+    scaling = server.autoscaling
+    setting, count = (
+        ("replicas", server.replicas)
+        if scaling.max_replicas is None
+        else ("autoscaling.min_replicas", scaling.min_replicas)
     )
-    gpus = (
-        config.rollout.actors * config.rollout.num_gpus
-        + config.learner.ranks * float(config.learner.use_gpu)
-        + sam.replicas * sam.num_gpus
-        + expert.replicas * expert.num_gpus
-    )
-    return {"CPU": cpus, "GPU": gpus}
+    return Demand(f"{key}.{setting}", count, server.num_cpus, server.num_gpus, server.labels)
+
+
+def resources_needed(wanted: list[Demand]) -> dict[str, float]:
+    """CPUs and GPUs of all of them together."""
+    return {"CPU": sum(d.count * d.cpus for d in wanted), "GPU": sum(d.count * d.gpus for d in wanted)}
 
 
 def check_resources(config: TrainConfig) -> None:
     """Refuse a request that this machine or cluster can never meet; for a cluster, Ray must be connected.
 
     Raises:
-        ValueError: naming what is needed and what there is.
+        ValueError: naming what is needed, on nodes with which labels, and what there is.
     """
-    if config.cluster.address == "local":
-        import torch
+    wanted = demands(config)
+    for labels in [d.labels for d in wanted if d.labels] + [{}]:
+        inside = [d for d in wanted if labels.items() <= d.labels.items()]
+        settings = ", ".join(f"{d.setting}={d.count}" for d in inside)
+        on = f" on nodes with {said(labels)}" if labels else ""
+        try:
+            have = _local_resources(config) if config.cluster.address == "local" else offered(labels)
+        except ValueError as error:
+            raise ValueError(f"the run cannot place {settings}: {error}") from None
+        for name, needed in resources_needed(inside).items():
+            if needed > have.get(name, 0.0):
+                raise ValueError(
+                    f"the run needs {needed:g} {name}{on} ({settings}), but there are {have.get(name, 0.0):g}; "
+                    "ask for less, or raise cluster.num_cpus on a local Ray"
+                )
 
-        have = {"CPU": float(config.cluster.num_cpus or os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
-    else:
-        have = ray.cluster_resources()
-    for name, needed in resources_needed(config).items():
-        if needed > have.get(name, 0.0):
-            raise ValueError(
-                f"the run needs {needed:g} {name} (rollout.actors={config.rollout.actors}, "
-                f"learner.ranks={config.learner.ranks}, one or more per reward server), "
-                f"but there are {have.get(name, 0.0):g}; ask for less, or raise cluster.num_cpus on a local Ray"
-            )
+
+def _local_resources(config: TrainConfig) -> dict[str, float]:
+    import torch
+
+    return {"CPU": float(config.cluster.num_cpus or os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}

@@ -111,7 +111,9 @@ class TrainingRun:
         self._progress.stage("starting rollout actors and reward servers")
         spec = assembly.rollout_spec(config)
         resources = {"CPU": config.rollout.num_cpus, "GPU": config.rollout.num_gpus}
-        pool = RolloutPool(spec, config.rollout.actors, resources, config.rollout.start_timeout_s)
+        pool = RolloutPool(
+            spec, config.rollout.actors, resources, config.rollout.start_timeout_s, labels=config.rollout.labels
+        )
         stack.push_async_callback(asyncio.to_thread, pool.stop)
         stack.push_async_callback(asyncio.to_thread, delete_apps, GROUNDED_SAM, QWEN_VL)
         _, (sam, expert) = await asyncio.gather(
@@ -136,6 +138,7 @@ class TrainingRun:
             storage_path=self._run.checkpoints,
             name=config.name,
             resources={"CPU": config.learner.num_cpus} | ({"GPU": 1} if config.learner.use_gpu else {}),
+            labels=config.learner.labels,
         )
         learner.start()
         return learner

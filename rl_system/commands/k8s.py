@@ -41,7 +41,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(name: str | None, crds: Path | None) -> int:
     from rl_system.k8s.checks import check
-    from rl_system.k8s.placement import without_label
     from rl_system.k8s.schemas import Schemas
 
     folders = [_folder(name)] if name else sorted(p.parent for p in OVERLAYS.glob("*/kustomization.yaml"))
@@ -55,10 +54,8 @@ def _check(name: str | None, crds: Path | None) -> int:
             print(problem, file=sys.stderr)
             code = exit_codes.BAD_INPUT
         if not problems:
-            unlabelled = without_label(manifests)
             by = "CRDs, operator's rules" if schemas else "operator's rules (no CRDs given: --crds)"
-            by_size = f"; placed by size, for lack of a label: {', '.join(unlabelled)}" if unlabelled else ""
-            print(f"{folder}: good: {len(manifests)} objects by {by}, pods, and places of the experiment{by_size}")
+            print(f"{folder}: good: {len(manifests)} objects by {by}, pods, and places of the experiment")
     return code
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from rl_system.config.schema import TrainConfig
+from rl_system.config.schema import AutoscalingConfig, TrainConfig
 from vlcot.policy.family import Family
 from vlcot.rewards import ExpertWeights
+
+_NAME = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
+_KEY = re.compile(rf"([a-z0-9]([a-z0-9.-]{{0,251}}[a-z0-9])?/)?{_NAME}")
+_VALUE = re.compile(_NAME)
 
 
 def check(config: TrainConfig) -> None:
@@ -17,6 +22,9 @@ def check(config: TrainConfig) -> None:
     """
     _check_numbers(config)
     _check_choices(config)
+    _check_labels(config)
+    _check_autoscaling("reward.grounded_sam.autoscaling", config.reward.grounded_sam.autoscaling)
+    _check_autoscaling("reward.qwen_vl.autoscaling", config.reward.qwen_vl.autoscaling)
     ExpertWeights(**vars(config.reward.expert_weights))
     _check_checkpoints(config)
 
@@ -68,6 +76,41 @@ def _check_choices(config: TrainConfig) -> None:
     for key, (value, allowed) in choices.items():
         if value not in allowed:
             raise ValueError(f"{key}={value} is not known; allowed: {', '.join(allowed)}")
+
+
+def _check_labels(config: TrainConfig) -> None:
+    labels_of = {
+        "rollout": config.rollout.labels,
+        "learner": config.learner.labels,
+        "reward.grounded_sam": config.reward.grounded_sam.labels,
+        "reward.qwen_vl": config.reward.qwen_vl.labels,
+    }
+    for pool, labels in labels_of.items():
+        for key, value in labels.items():
+            if not (_KEY.fullmatch(key) and _VALUE.fullmatch(value)):
+                raise ValueError(
+                    f"{pool}.labels={{{key}: {value}}} is no node label: write {{[prefix/]name: value}}, name and "
+                    "value of at most 63 letters, digits, '-', '_' and '.', such as {rl.io/pool: rollout}"
+                )
+        if labels and config.cluster.address == "local":
+            raise ValueError(
+                f"{pool}.labels={labels} needs cluster.address=auto: the Ray that cluster.address=local "
+                "starts has no labelled node"
+            )
+
+
+def _check_autoscaling(key: str, scaling: AutoscalingConfig) -> None:
+    if scaling.max_replicas is None:
+        return
+    if scaling.min_replicas < 1:
+        raise ValueError(f"{key}.min_replicas={scaling.min_replicas} is too small: a run keeps at least 1 replica")
+    if scaling.max_replicas < scaling.min_replicas:
+        raise ValueError(f"{key}.max_replicas={scaling.max_replicas} is below min_replicas={scaling.min_replicas}")
+    if not scaling.target_ongoing_requests > 0:
+        raise ValueError(f"{key}.target_ongoing_requests={scaling.target_ongoing_requests:g} must be positive")
+    for name in ("upscale_delay_s", "downscale_delay_s"):
+        if getattr(scaling, name) < 0:
+            raise ValueError(f"{key}.{name}={getattr(scaling, name):g} must not be negative")
 
 
 def _check_checkpoints(config: TrainConfig) -> None:

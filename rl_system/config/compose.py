@@ -99,6 +99,8 @@ def _explain(error: Exception) -> str:
     dotted = unknown[1] or _full_key(text) or unknown[2]
     *parents, key = dotted.split(".")
     allowed = _keys_at(parents)
+    if key in allowed:  # a mapping, and an entry that it does not have yet
+        return f"configuration key '{dotted}' takes a new entry as '+{dotted}={{name: value}}'"
     close = difflib.get_close_matches(key, allowed, 1)
     hint = f"did you mean '{'.'.join([*parents, close[0]])}'? " if close else ""
     where = ".".join(parents) or "the top level"

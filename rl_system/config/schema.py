@@ -49,6 +49,8 @@ class RolloutConfig:
     num_cpus: float = 1
     num_gpus: float = 0
     threads: int = 1
+    labels: dict[str, str] = field(default_factory=dict)
+    """Ray labels of the nodes that may hold an actor, as ``{rl.io/pool: rollout}``; empty: any node."""
     start_timeout_s: float = 600
 
 
@@ -77,6 +79,8 @@ class LearnerConfig:
     num_cpus: float = 1
     use_gpu: bool = False
     threads: int = 1
+    labels: dict[str, str] = field(default_factory=dict)
+    """Ray labels of the nodes that may hold a rank, as ``{rl.io/pool: learner}``; empty: any node."""
 
 
 @dataclass
@@ -116,6 +120,20 @@ class ExpertWeightsConfig:
 
 
 @dataclass
+class AutoscalingConfig:
+    """How the number of a reward server's replicas follows the load (Ray Serve's settings of the same names)."""
+
+    max_replicas: int | None = None
+    """null: no autoscaling, there are always ``replicas``; a number: ``replicas`` has no meaning."""
+    min_replicas: int = 1
+    """A run starts with so many."""
+    target_ongoing_requests: float = 4.0
+    """Requests for each replica, waiting ones included, that the number of replicas aims at."""
+    upscale_delay_s: float = 30.0
+    downscale_delay_s: float = 600.0
+
+
+@dataclass
 class GroundedSamServerConfig:
     """The Grounded-SAM application."""
 
@@ -132,9 +150,12 @@ class GroundedSamServerConfig:
     max_objects: int = 3
     """Most main objects of an image."""
     replicas: int = 1
+    autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
     num_cpus: float = 1
     num_gpus: float = 0
     threads: int = 1
+    labels: dict[str, str] = field(default_factory=dict)
+    """Ray labels of the nodes that may hold a replica, as ``{rl.io/pool: reward-sam}``; empty: any node."""
 
 
 @dataclass
@@ -146,9 +167,12 @@ class VisualExpertServerConfig:
     kv_cache_gib: float = 1.0
     dtype: str = "float32"
     replicas: int = 1
+    autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
     num_cpus: float = 1
     num_gpus: float = 0
     threads: int = 1
+    labels: dict[str, str] = field(default_factory=dict)
+    """Ray labels of the nodes that may hold a replica, as ``{rl.io/pool: reward-vlm}``; empty: any node."""
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.9
 

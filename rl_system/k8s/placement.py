@@ -30,7 +30,7 @@ SETTING_OF = {"CPU": "cpu", "GPU": "gpus"}
 @dataclass(frozen=True)
 class Request:
     """``count`` processes of one kind. ``pool``: the worker group that is meant for them; ``resources``: of one,
-    as Ray counts them; ``selector``: the node labels that the code asks for, empty if it asks for none."""
+    as Ray counts them; ``selector``: the node labels that the configuration asks for."""
 
     what: str
     pool: str
@@ -61,47 +61,52 @@ class Group:
 def problems(manifests: list[Manifest]) -> Iterator[Problem]:
     """Requests without a place, in clusters that are otherwise sound."""
     for cluster in clusters(manifests):
+        # `train` refuses a cluster that has not yet all it needs (assembly.check_resources): what it starts with must
+        # fit the smallest size of the groups, what it grows to the largest.
+        bounds = ("max",) if cluster.manifest.kind == "RayService" else ("min", "max")
         try:
-            wanted = _wanted(cluster.manifest)
+            wanted = {bound: _wanted(cluster.manifest, bound) for bound in bounds}
         except ConfigError as error:
             yield cluster.manifest.problem("the run", str(error), f"correct it in {_file(manifests)}")
             continue
         if cluster.manifest.kind != "RayService":
             yield from _paths(cluster.manifest, _training_config(cluster.manifest))
-        # `train` refuses a cluster that has not yet all it needs (assembly.check_resources): min counts, not max.
-        bound = "max" if cluster.manifest.kind == "RayService" else "min"
-        yield from unplaced(wanted, worker_groups(cluster, bound), cluster.manifest, _file(manifests), bound)
+        for bound in bounds:
+            groups = worker_groups(cluster, bound)
+            found = list(unplaced(wanted[bound], groups, cluster.manifest, _file(manifests), bound))
+            yield from found
+            if found:
+                break
 
 
-def without_label(manifests: list[Manifest]) -> list[str]:
-    """Requests that ask for no node label: Ray places them by size alone, in any group that has room."""
-    return sorted({r.what for cluster in clusters(manifests) for r in _wanted(cluster.manifest) if not r.selector})
-
-
-def _wanted(manifest: Manifest) -> list[Request]:
+def _wanted(manifest: Manifest, bound: str) -> list[Request]:
     if manifest.kind == "RayService":
         return _service_requests(manifest)
-    return training_requests(_training_config(manifest))
+    return training_requests(_training_config(manifest), bound)
 
 
-def training_requests(config: TrainConfig) -> list[Request]:
-    """What one training run asks Ray for."""
+def training_requests(config: TrainConfig, bound: str) -> list[Request]:
+    """What one training run asks Ray for. ``bound``: ``min``, when it starts, or ``max``, with all the replicas that
+    autoscaling allows."""
     from rl_system import assembly
 
     rollout, learner = config.rollout, config.learner
     ranks = {"CPU": learner.num_cpus, "GPU": float(learner.use_gpu)}
     actors = {"CPU": rollout.num_cpus, "GPU": rollout.num_gpus}
     return [
-        Request("rollout actor", "rollout", rollout.actors, actors),
-        Request("learner rank", "learner", learner.ranks, ranks),
-        *(_app_request(app, app.num_replicas) for app in (assembly.detector_app(config), assembly.expert_app(config))),
+        Request("rollout actor", "rollout", rollout.actors, actors, rollout.labels),
+        Request("learner rank", "learner", learner.ranks, ranks, learner.labels),
+        *(
+            _app_request(app, (app.autoscaling or {}).get(f"{bound}_replicas", app.num_replicas))
+            for app in (assembly.detector_app(config), assembly.expert_app(config))
+        ),
     ]
 
 
 def unplaced(
     wanted: list[Request], groups: list[Group], manifest: Manifest, file: str, bound: str
 ) -> Iterator[Problem]:
-    """Requests that do not fit the one group that is meant for them.
+    """Requests whose labels do not choose the one group that is meant for them, or that do not fit it.
 
     Args:
         wanted: what is asked for.
@@ -112,14 +117,16 @@ def unplaced(
     """
     for request in wanted:
         selected = [group for group in groups if group.selected(request)]
-        own = next((group for group in selected if group.name == request.pool), None)
         where = f"{manifest.kind} {manifest.name}"
-        if own is None or (request.selector and len(selected) > 1):
+        if not request.selector:
+            wrong = f"{request.what} asks for no node label, so Ray may place it in any group"
+            yield Problem(file, where, wrong, f"use cluster=kubernetes, which binds it to {request.pool}")
+        elif [group.name for group in selected] != [request.pool]:
             names = ", ".join(group.name for group in selected) or "no group"
             fix = f"{request.pool} alone should have these labels"
             yield Problem(file, where, f"{request.what} asks for {dict(request.selector)}: {names} has them", fix)
-        elif (room := own.room(request)) < request.count:
-            yield Problem(file, where, *_shortfall(request, own, room, bound))
+        elif (room := selected[0].room(request)) < request.count:
+            yield Problem(file, where, *_shortfall(request, selected[0], room, bound))
 
 
 def worker_groups(cluster: RayClusterSpec, bound: str) -> list[Group]:
@@ -172,7 +179,7 @@ def _composed(overrides: tuple[str, ...]) -> TrainConfig:
 
 def _paths(manifest: Manifest, config: TrainConfig) -> Iterator[Problem]:
     if config.cluster.address != "auto":
-        yield manifest.problem("entrypoint", "the run would start a Ray of its own", "add cluster=job")
+        yield manifest.problem("entrypoint", "the run would start a Ray of its own", "add cluster=kubernetes")
     if not config.output_dir.startswith(MOUNTS["runs"]):
         fix = f"set output_dir={MOUNTS['runs']}"
         yield manifest.problem("entrypoint", f"output_dir={config.output_dir} is lost with the pod", fix)

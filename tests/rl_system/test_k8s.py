@@ -14,7 +14,7 @@ import yaml
 from rl_system import assembly
 from rl_system.commands.main import main
 from rl_system.config.compose import CONFIG_DIR, compose_config
-from rl_system.k8s import drain, placement
+from rl_system.k8s import drain
 from rl_system.k8s.checks import check
 from rl_system.k8s.manifests import clusters, render
 from rl_system.k8s.placement import Group, Request, training_requests, unplaced, worker_groups
@@ -91,7 +91,7 @@ def test_the_autoscaler_reads_what_the_settings_say():
 
 def test_requests_are_those_of_the_configuration():
     overrides = ["experiment=toy", "rollout.actors=3", "rollout.num_gpus=2", "learner.use_gpu=true"]
-    wanted = {r.what: r for r in training_requests(compose_config(overrides))}
+    wanted = {r.what: r for r in training_requests(compose_config(overrides), "min")}
     assert (wanted["rollout actor"].count, wanted["rollout actor"].resources["GPU"]) == (3, 2)
     assert (wanted["learner rank"].count, wanted["learner rank"].resources) == (2, {"CPU": 1, "GPU": 1.0})
     assert {r.pool for r in wanted.values()} == {"rollout", "learner", "reward-sam", "reward-vlm"}
@@ -102,8 +102,8 @@ def test_no_request_of_a_run_is_forgotten(overlay):
     """What is placed adds up to what `train` itself says that it needs."""
     data = yaml.safe_load((K8S / "overlays" / overlay / "settings.yaml").read_text())["data"]
     config = compose_config(data["entrypoint"].split()[4:])
-    total = {n: sum(r.count * r.resources[n] for r in training_requests(config)) for n in ("CPU", "GPU")}
-    assert total == assembly.resources_needed(config)
+    total = {n: sum(r.count * r.resources[n] for r in training_requests(config, "min")) for n in ("CPU", "GPU")}
+    assert total == assembly.resources_needed(assembly.demands(config))
 
 
 def test_a_labelled_request_must_name_exactly_its_group():
@@ -116,18 +116,22 @@ def test_a_labelled_request_must_name_exactly_its_group():
 
     assert found(request) == []
     assert "has room for 8 of 9 detectors" in found(replace(request, count=9))[0]
+    assert "asks for no node label" in found(replace(request, selector={}))[0]
     assert "no group has them" in found(replace(request, selector={"rl.io/pool": "other"}))[0]
     alike = [replace(group, labels={"rl.io/pool": "reward-sam"}) for group in groups]
     assert "reward-sam, reward-vlm has them" in found(request, alike)[0]
 
 
-def test_requests_without_a_label_are_named():
-    assert placement.without_label(render(K8S / "overlays/dev-cpu")) == [
-        "grounded_sam replica",
-        "learner rank",
-        "qwen_vl replica",
-        "rollout actor",
-    ]
+def test_the_kubernetes_choice_binds_every_request_to_its_group():
+    for request in training_requests(compose_config(["experiment=toy", "cluster=kubernetes"]), "min"):
+        assert request.selector == {"rl.io/pool": request.pool}
+
+
+def test_what_autoscaling_may_add_counts_at_the_groups_largest_size():
+    config = compose_config(["experiment=toy", "reward.qwen_vl.autoscaling={min_replicas: 2, max_replicas: 5}"])
+    counts = {bound: {r.what: r.count for r in training_requests(config, bound)} for bound in ("min", "max")}
+    assert counts["min"]["qwen_vl replica"] == 2 and counts["max"]["qwen_vl replica"] == 5
+    assert counts["min"]["grounded_sam replica"] == counts["max"]["grounded_sam replica"] == 1
 
 
 def test_serve_applications_can_be_built():

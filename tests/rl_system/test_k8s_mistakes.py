@@ -164,9 +164,43 @@ MISTAKES = {
         "dev-cpu", "output_dir=/runs", "output_dir=/runs; true", "spec.entrypoint", "simple", JOB
     ),
     "unknown key of the run": sizes(
-        "dev-cpu", "cluster=job", "cluster=job rollout.actor=2", "rollout.actors", "correct", JOB
+        "dev-cpu",
+        "cluster=kubernetes output",
+        "cluster=kubernetes rollout.actor=2 output",
+        "rollout.actors",
+        "correct",
+        JOB,
     ),
-    "Ray of its own": sizes("dev-cpu", "cluster=job ", "", "entrypoint", "add cluster=job", JOB),
+    "Ray of its own": sizes(
+        "dev-cpu", "cluster=kubernetes output", "output", "entrypoint", "add cluster=kubernetes", JOB
+    ),
+    "no node label": sizes(
+        "dev-cpu", "cluster=kubernetes output", "cluster=job output", "learner rank asks for no", "binds it to learner"
+    ),
+    "label of another pool": sizes(
+        "gpu-8",
+        "rollout.actors=2",
+        "rollout.actors=2 rollout.labels={rl.io/pool:learner}",
+        "learner has",
+        "rollout alone",
+    ),
+    "label of no pool": sizes(
+        "dev-cpu",
+        "cluster=kubernetes output",
+        "cluster=kubernetes +learner.labels={a:b} output",
+        "no group has",
+        "alone",
+    ),
+    "server without a label": sizes(
+        "prod",
+        "experiment=toy cluster=kubernetes reward",
+        "experiment=toy cluster=job reward",
+        "qwen_vl replica",
+        "vlm",
+    ),
+    "more replicas than the pool of a run has pods": sizes(
+        "gpu-8", "sam.autoscaling.max_replicas=2", "sam.autoscaling.max_replicas=3", "2 of 3 grounded_sam", "sam-max"
+    ),
     "lost run": sizes("dev-cpu", "output_dir=/runs", "output_dir=/tmp", "entrypoint", "output_dir=/runs", JOB),
     "model on no volume": sizes("gpu-8", "/models/policy", "/data/policy", "policy.path", "under /runs or", CLUSTER),
     "too few GPUs": sizes(

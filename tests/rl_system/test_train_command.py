@@ -51,6 +51,25 @@ def refused(capsys, tmp_path, *overrides: str) -> str:
         ("learner.ranks=64", "the run needs 67 CPU"),
         ("rollout.num_gpus=8", "the run needs 8 GPU"),
         ("data=nothing", "Could not find 'data/nothing'"),
+        ("rollout.labels={rl.io/pool: rollout}", "takes a new entry as '+rollout.labels={name: value}'"),
+        ("+rollout.labels={rl.io/pool: rollout}", "needs cluster.address=auto"),
+        ("+reward.qwen_vl.labels={rl.io/pool/: vlm}", "reward.qwen_vl.labels={rl.io/pool/: vlm} is no node label"),
+        ("+learner.labels={rl.io/pool: '!spot'}", "learner.labels={rl.io/pool: !spot} is no node label"),
+        ("reward.qwen_vl.autoscaling.max_replicas=0", "max_replicas=0 is below min_replicas=1"),
+        ("reward.grounded_sam.autoscaling={max_replicas: 2, min_replicas: 0}", "keeps at least 1 replica"),
+        (
+            "reward.grounded_sam.autoscaling={max_replicas: 2, target_ongoing_requests: 0}",
+            "requests=0 must be positive",
+        ),
+        (
+            "reward.qwen_vl.autoscaling={max_replicas: 2, upscale_delay_s: -1}",
+            "upscale_delay_s=-1 must not be negative",
+        ),
+        (
+            "reward.qwen_vl.autoscaling={max_replicas: 90, min_replicas: 80}",
+            "autoscaling.min_replicas=80), but there are 16",
+        ),
+        ("reward.qwen_vl.autoscaling.max_replica=2", "did you mean 'reward.qwen_vl.autoscaling.max_replicas'?"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_one_clear_message(capsys, tmp_path, override, said):
