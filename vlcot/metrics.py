@@ -1,21 +1,97 @@
-"""Full-reference metrics of the paper's tables through pyiqa.
+"""The ten metrics of the paper's tables, through pyiqa, called as OSEDiff's ``test_metrics.py`` calls them.
 
-PSNR and SSIM are on the Y channel of YCbCr (ITU-R BT.601, 16..235), no border cropped, as OSEDiff's
-``test_metrics.py`` calls them; without ``color_space`` pyiqa's Y is full-range and PSNR 1.32 dB lower.
+PSNR and SSIM are on the Y channel of YCbCr (ITU-R BT.601, 16..235), no border cropped; without ``color_space``
+pyiqa's Y is full-range and PSNR 1.32 dB lower. All but these two need published weights: see ``vlcot.metric_weights``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
-import pyiqa
 import torch
 
+from vlcot import metric_weights
 
-@cache
-def _metric(name: str) -> torch.nn.Module:
-    return pyiqa.create_metric(name, test_y_channel=True, color_space="ycbcr", device="cpu")
+LUMA = MappingProxyType({"test_y_channel": True, "color_space": "ycbcr"})
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of the paper's tables.
+
+    ``weights`` are the names of the files that pyiqa 0.1.16 would download; ``decimals`` is how the tables print it.
+    """
+
+    name: str
+    pyiqa_name: str
+    needs_reference: bool
+    lower_is_better: bool
+    decimals: int
+    weights: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def compares_folders(self) -> bool:
+        """True of FID: one value for a folder, none for an image."""
+        return self.pyiqa_name == "fid"
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("PSNR", "psnr", True, False, 2, options=LUMA),
+        Metric("SSIM", "ssim", True, False, 4, options=LUMA),
+        Metric("LPIPS", "lpips", True, True, 4, ("alexnet-owt-7be5be79.pth", "LPIPS_v0.1_alex-df73285e.pth")),
+        Metric("DISTS", "dists", True, True, 4, ("vgg16-397923af.pth", "DISTS_weights-f5e65c96.pth")),
+        Metric("FID", "fid", True, True, 2, ("pt_inception-2015-12-05-6726825d.pth",)),
+        Metric("NIQE", "niqe", False, True, 4, ("niqe_modelparameters.mat",)),
+        Metric("MUSIQ", "musiq", False, False, 2, ("musiq_koniq_ckpt-e95806b9.pth",)),
+        Metric("MANIQA", "maniqa-pipal", False, False, 4, ("MANIQA_PIPAL-ae6d356b.pth",)),
+        Metric("CLIPIQA", "clipiqa", False, False, 4, ("RN50.pt",)),
+        # The paper does not say which TOPIQ; the authors' reward is this one, trained on KonIQ.
+        Metric("TOPIQ", "topiq_nr", False, False, 4, ("cfanet_nr_koniq_res50-9a73138b.pth",)),
+    )
+}
+
+
+def load_metric(metric: Metric, files: Mapping[str, Path]) -> torch.nn.Module:
+    """The pyiqa model of ``metric`` on the CPU; never downloads.
+
+    Args:
+        files: where each of ``metric.weights`` is.
+
+    Raises:
+        ValueError: a weight file cannot be read or does not fit.
+    """
+    return metric_weights.load(metric.pyiqa_name, {name: files[name] for name in metric.weights}, metric.options)
+
+
+def score_image(metric: Metric, model: torch.nn.Module, image: np.ndarray, reference: np.ndarray | None) -> float:
+    """``metric`` of one uint8 [H, W, 3] RGB image; ``reference`` may be None if the metric needs none.
+
+    Raises:
+        ValueError: shapes or dtypes differ.
+    """
+    images = [image]
+    if metric.needs_reference:
+        if reference is None or image.shape != reference.shape or {image.dtype, reference.dtype} != {np.dtype("uint8")}:
+            other = "no reference" if reference is None else f"{reference.shape} {reference.dtype}"
+            raise ValueError(
+                f"{metric.name} needs two uint8 images of one shape, got {image.shape} {image.dtype} and {other}"
+            )
+        images.append(reference)
+    return float(model(*(torch.from_numpy(i.copy()).permute(2, 0, 1)[None].float() / 255 for i in images)))
+
+
+def score_folders(model: torch.nn.Module, results: Path, references: Path) -> float:
+    """FID (clean mode) between the images under two folders."""
+    return float(model(str(references), str(results), num_workers=0, verbose=False))
 
 
 def psnr(image: np.ndarray, reference: np.ndarray) -> float:
@@ -24,7 +100,7 @@ def psnr(image: np.ndarray, reference: np.ndarray) -> float:
     Raises:
         ValueError: shapes or dtypes differ.
     """
-    return _full_reference("psnr", image, reference)
+    return score_image(METRICS["PSNR"], _weightless("PSNR"), image, reference)
 
 
 def ssim(image: np.ndarray, reference: np.ndarray) -> float:
@@ -33,14 +109,9 @@ def ssim(image: np.ndarray, reference: np.ndarray) -> float:
     Raises:
         ValueError: shapes or dtypes differ.
     """
-    return _full_reference("ssim", image, reference)
+    return score_image(METRICS["SSIM"], _weightless("SSIM"), image, reference)
 
 
-def _full_reference(name: str, image: np.ndarray, reference: np.ndarray) -> float:
-    if image.shape != reference.shape or image.dtype != np.uint8 or reference.dtype != np.uint8:
-        raise ValueError(
-            f"{name} needs two uint8 images of one shape, got {image.shape} {image.dtype} "
-            f"and {reference.shape} {reference.dtype}"
-        )
-    batch = [torch.from_numpy(i.copy()).permute(2, 0, 1)[None].float() / 255 for i in (image, reference)]
-    return float(_metric(name)(*batch))
+@cache
+def _weightless(name: str) -> torch.nn.Module:
+    return load_metric(METRICS[name], {})
