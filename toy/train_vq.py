@@ -1,9 +1,12 @@
 """Train the toy VQ image tokenizer: `python -m toy.train_vq --steps N --seed S --output DIR`.
 
 A JanusVQVAE of 1.15 M parameters learns 64, 32 and 16 px crops of the training photographs, clean and degraded
-(LR at a quarter size, bicubic back to 64 px). The codebook lives on the unit sphere as in LlamaGen; it is
-started by k-means after a warm-up without quantisation, follows the latents by an exponential moving average,
-and codes that die are put back on a latent of the batch.
+(LR at a quarter size, bicubic back to 64 px). The codebook lives on the unit sphere as in LlamaGen.
+
+Training starts from a linear teacher, which saves most of the steps: principal components of the 8x8 patches,
+lifted to the sphere, and k-means over them. While warming up, the encoder regresses to the teacher's latents and
+the decoder reads the teacher's codes. Then all parts train together: straight-through gradients, a codebook that
+follows the latents by an exponential moving average, and codes that die put back on a latent of the batch.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 from toy.photographs import Split, crop
 from vlcot.degradation.config import SEESR_TRAINING
 from vlcot.degradation.pipeline import degrade
-from vlcot.tokenizer.image import ImageTokenizer, nearest_codes, to_signal
+from vlcot.tokenizer.image import ImageTokenizer, apply_norm_groups, nearest_codes, to_signal
 
 CONFIG = JanusVQVAEConfig(
     base_channels=32,
@@ -33,12 +36,13 @@ CONFIG = JanusVQVAEConfig(
     embed_dim=8,
     num_embeddings=512,
     num_patches=8,
+    norm_groups=4,
 )
-POOL = 2048
-DEGRADED_POOL = 512
-BATCH = {"clean": 4, "degraded": 1, "half": 2, "quarter": 3}
-PEAK_LR = 1.5e-3
-UNQUANTISED_STEPS = 200
+POOL = 4096
+DEGRADED_POOL = 1536
+BATCH = {"clean": 8, "degraded": 4, "half": 4, "quarter": 6}
+PEAK_LR = 2e-3
+WARM_UP_STEPS = 400
 COMMITMENT = 0.25
 EDGE = 0.2
 CODEBOOK_DECAY = 0.985
@@ -62,6 +66,37 @@ def _shrink(images: np.ndarray, factor: int) -> np.ndarray:
     n, h, w, _ = images.shape
     blocks = images.reshape(n, h // factor, factor, w // factor, factor, 3).astype(np.float32)
     return np.rint(blocks.mean(axis=(2, 4))).astype(np.uint8)
+
+
+class Teacher:
+    """Unit latents from the first D - 1 principal components of 8x8 patches.
+
+    The components keep their common scale, so that distances stay those between patches; a constant last
+    coordinate lifts them to the sphere.
+    """
+
+    def __init__(self, pools: dict[str, np.ndarray], dim: int, patch: int = 8) -> None:
+        patches = torch.cat([_patches(pool[:512], patch) for pool in pools.values()])
+        self.mean = patches.mean(0)
+        centred = patches - self.mean
+        _, _, basis = torch.pca_lowrank(centred, dim - 1, center=False)
+        self.filters = basis.T.reshape(dim - 1, 3, patch, patch) / (centred @ basis).norm(dim=-1).square().mean().sqrt()
+        self.patch = patch
+
+    def __call__(self, signal: torch.Tensor) -> torch.Tensor:
+        """Latents [B, D, h, w] of images [B, 3, H, W]."""
+        centred = signal - F.fold(
+            self.mean[None, :, None].expand(1, -1, signal[0, 0].numel() // self.patch**2),
+            signal.shape[-2:],
+            self.patch,
+            stride=self.patch,
+        )
+        components = F.conv2d(centred, self.filters, stride=self.patch)
+        return F.normalize(torch.cat([components, torch.ones_like(components[:, :1])], dim=1), dim=1)
+
+
+def _patches(images: np.ndarray, patch: int) -> torch.Tensor:
+    return F.unfold(to_signal(torch.from_numpy(images)), patch, stride=patch).transpose(1, 2).flatten(0, 1)
 
 
 class Codebook:
@@ -107,49 +142,58 @@ def train(steps: int, seed: int) -> JanusVQVAE:
     torch.manual_seed(seed)
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     pools = make_pools("train", POOL, DEGRADED_POOL, seed)
-    model = JanusVQVAE(CONFIG).train()
+    teacher = Teacher(pools, CONFIG.embed_dim)
+    codebook = Codebook.from_kmeans(
+        torch.cat([_flat(teacher(to_signal(torch.from_numpy(pool[:512])))) for pool in pools.values()]),
+        CONFIG.num_embeddings,
+        generator,
+    )
+    model = apply_norm_groups(JanusVQVAE(CONFIG)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 50, 0.5 + 0.5 * np.cos(np.pi * step / steps))
     )
-    codebook: Codebook | None = None
-    seen: list[torch.Tensor] = []
     started = time.monotonic()
     for step in range(steps):
         loss = torch.zeros(())
         latents, codes = [], []
         for name, count in BATCH.items():
             target = to_signal(torch.from_numpy(_draw(pools[name], count, rng)))
-            latent = F.normalize(model.quant_conv(model.encoder(target)), dim=1)
-            flat = latent.permute(0, 2, 3, 1).reshape(-1, latent.shape[1])
-            latents.append(flat.detach())
-            if codebook is not None:
-                code = nearest_codes(latent.detach(), codebook.rows)
-                codes.append(code.flatten())
-                quantised = F.embedding(code, codebook.rows).permute(0, 3, 1, 2)
-                loss = loss + COMMITMENT * count / 5 * (latent - quantised).square().sum(1).mean()
-                latent = latent + (quantised - latent).detach()
-            output = model.decoder(model.post_quant_conv(latent))
-            loss = loss + count / 5 * reconstruction_loss(output, target)
+            with torch.autocast("cpu", torch.bfloat16):
+                latent = F.normalize(model.quant_conv(model.encoder(target)).float(), dim=1)
+            goal = teacher(target) if step < WARM_UP_STEPS else latent
+            code = nearest_codes(goal.detach(), codebook.rows)
+            quantised = F.embedding(code, codebook.rows).permute(0, 3, 1, 2)
+            if step < WARM_UP_STEPS:
+                pull = (latent - goal).square().sum(1).mean()
+                shown = quantised
+            else:
+                pull = COMMITMENT * (latent - quantised).square().sum(1).mean()
+                shown = latent + (quantised - latent).detach()
+            with torch.autocast("cpu", torch.bfloat16):
+                output = model.decoder(model.post_quant_conv(shown)).float()
+            loss = loss + count / sum(BATCH.values()) * (pull + reconstruction_loss(output, target))
+            latents.append(_flat(latent.detach()))
+            codes.append(code.flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if codebook is not None:
+        if step >= WARM_UP_STEPS:
             codebook.follow(torch.cat(latents), torch.cat(codes), generator)
-        elif step < UNQUANTISED_STEPS:
-            seen = [*seen[-24:], torch.cat(latents)]
-            if step == UNQUANTISED_STEPS - 1:
-                codebook = Codebook.from_kmeans(torch.cat(seen), CONFIG.num_embeddings, generator)
         if step % 50 == 0 or step == steps - 1:
-            print(f"step {step} loss {loss.item():.4f} seconds {time.monotonic() - started:.0f}", flush=True)
-        if codebook is not None and step % 300 == 299:
+            seconds = time.monotonic() - started
+            print(f"step {step} loss {loss.item():.4f} pull {pull.item():.4f} seconds {seconds:.0f}", flush=True)
+        if step % 200 == 199:
             _report_progress(model, codebook)
-    if codebook is None:
-        raise ValueError(f"steps is {steps}; it must be above the {UNQUANTISED_STEPS} steps without quantisation")
     model.quantize.embedding.weight.data.copy_(codebook.rows)
     return model.eval()
+
+
+def _flat(latents: torch.Tensor) -> torch.Tensor:
+    """[B, D, h, w] to [B * h * w, D]."""
+    return latents.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _draw(pool: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -183,7 +227,7 @@ def _report_progress(model: JanusVQVAE, codebook: Codebook) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("toy/weights/vq"))
     parser.add_argument("--threads", type=int, default=2)

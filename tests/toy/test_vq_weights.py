@@ -27,7 +27,7 @@ def images() -> np.ndarray:
 def test_heldout_reconstruction_is_at_least_20_db(tokenizer, images):
     codes = tokenizer.encode(images)
     assert codes.shape == (64, 8, 8)
-    assert psnr(tokenizer.decode(codes).numpy(), images).mean() >= 20
+    assert psnr(tokenizer.decode(codes).numpy(), images).mean() >= 23  # 20 is required; the card says 23.85
     assert len(codes.unique()) > 0.25 * tokenizer.codebook_size
 
 

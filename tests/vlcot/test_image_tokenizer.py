@@ -122,6 +122,15 @@ def test_saved_half_precision_weights_load_as_float32(tmp_path):
     assert torch.allclose(loaded.codebook.norm(dim=-1), torch.ones(64))
 
 
+def test_norm_groups_of_the_config_survive_saving_and_loading(tmp_path):
+    model = random_model()
+    model.config.norm_groups = 4
+    model.save_pretrained(tmp_path)
+    for loaded, expected in ((ImageTokenizer.from_pretrained(tmp_path), 4), (ImageTokenizer(random_model()), 32)):
+        norms = [m for m in loaded.model.modules() if isinstance(m, torch.nn.GroupNorm)]
+        assert norms and {norm.num_groups for norm in norms} == {expected}
+
+
 def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
         ImageTokenizer.from_pretrained(tmp_path / "nowhere")

@@ -22,7 +22,7 @@ class ImageTokenizer:
     """
 
     def __init__(self, model: JanusVQVAE) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model = apply_norm_groups(model).eval().requires_grad_(False)
         self.codebook = F.normalize(model.quantize.embedding.weight.float(), dim=-1)
         self.downsample: int = 2 ** (len(model.config.channel_multiplier) - 1)
         self.codebook_size: int = self.codebook.shape[0]
@@ -72,6 +72,18 @@ class ImageTokenizer:
         # Straight to the decoder: JanusVQVAE.decode knows only the one grid size of its config.
         quantised = F.embedding(codes, self.codebook).permute(0, 3, 1, 2)
         return to_pixels(self.model.decoder(self.model.post_quant_conv(quantised)))
+
+
+def apply_norm_groups(model: JanusVQVAE) -> JanusVQVAE:
+    """Set the groups of every GroupNorm to the config's `norm_groups`, when it has one (JanusVQVAE: 32).
+
+    A small model needs fewer: with one channel per group each layer would erase an image's brightness and colour.
+    """
+    groups = getattr(model.config, "norm_groups", 32)
+    for module in model.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.num_groups = groups
+    return model
 
 
 def nearest_codes(latents: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
