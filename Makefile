@@ -54,6 +54,7 @@ toy-weights: setup
 	$(BIN)/python -m toy.train_grounding_dino
 	$(BIN)/python -m toy.train_sam
 	$(BIN)/python -m toy.train_qwen_vl
+	$(BIN)/python -m toy.tokenizer toy/weights/policy
 	$(BIN)/python -m toy.train_policy
 
 clean:

