@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,7 +45,8 @@ def load(pyiqa_name: str, files: Mapping[str, Path], options: Mapping[str, Any])
     if pyiqa_name == "clipiqa":
         options["backbone"] = str(files["RN50.pt"])  # by its name pyiqa would compare, and download again
     try:
-        with _as_if_downloaded(files), contextlib.redirect_stdout(io.StringIO()):
+        with _as_if_downloaded(files), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision's, of arguments that pyiqa chose
             model = pyiqa.create_metric(pyiqa_name, device="cpu", **options)
             if pyiqa_name in HEADS:
                 _check_head(model.net, HEADS[pyiqa_name], list(files.values())[-1])

@@ -132,6 +132,27 @@ def test_weights_of_a_folder_are_used_and_recorded(case, tmp_path):
     assert rows == ["NIQE", "MANIQA", "MUSIQ", "CLIPIQA", "TOPIQ"]  # the paper's order without references
 
 
+def test_fid_is_asked_of_exactly_the_paired_images(case, monkeypatch):
+    """A stand-in for Inception, whose 2048x2048 matrix root takes too long here."""
+    (case / METRICS["FID"].weights[0]).touch()
+    (case / "bicubic/notes.txt").write_text("not an image")
+    (case / "bicubic/deeper").mkdir()
+    shutil.copy(case / "gt/cat.png", case / "bicubic/deeper/dog.png")
+    asked = []
+
+    def fid(references, results, **options):
+        asked.append(([sorted(p.name for p in Path(folder).iterdir()) for folder in (references, results)], options))
+        same = (Path(references) / "cat.png").read_bytes() == (case / "gt/cat.png").read_bytes()
+        assert same and (Path(results) / "cat.png").read_bytes() == (case / "bicubic/cat.png").read_bytes()
+        return 123.493817
+
+    monkeypatch.setattr("rl_system.studies.evaluate.scoring.load_metric", lambda metric, files: fid)
+    assert evaluate(case, "--metrics", "FID", "--weights", str(case)) == 0
+    names = [f"{name}.png" for name in NAMES]
+    assert asked == [([names, names], {"num_workers": 0, "verbose": False})]
+    assert "| Toy | FID ↓ | 123.49 |" in (case / "out/table.md").read_text()
+
+
 def test_two_data_sets_are_read_from_a_folder_each(case):
     for method in ("bicubic", "copy"):
         for name, images in (("A", NAMES), ("B", NAMES[:2])):
