@@ -11,8 +11,8 @@ from scipy.stats import spearmanr
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from reward_servers.contract import Judgement
-from reward_servers.expert_chat import chat, parse_answer
-from toy.judged_images import CORRUPTIONS, JudgedGroup, enlarge, graded_group, judged_group
+from reward_servers.expert_chat import MAX_SCORE, SCORE_NAMES, chat, parse_answer, write_answer
+from toy.judged_images import CORRUPTIONS, DEGRADATIONS, JudgedGroup, enlarge, graded_group, judged_group
 from toy.qwen_vl_checkpoint import TOY_PROMPT
 from vlcot.rewards import ExpertWeights
 
@@ -26,7 +26,9 @@ class ExpertFigures:
     """Spearman rank correlations of the weighted mean score, and mean scores (0..10) of pictures without content.
 
     Attributes:
-        severity: with the corruption's severity, over all images (negative: worse images score lower).
+        severity: with the severity of the degradation, over all images of `DEGRADATIONS` (negative: worse images
+            score lower).
+        severity_of_codes: with the share of wrong codes, over the other images.
         psnr: with PSNR to the ground truth, over all images.
         psnr_within: mean over groups of the correlation with PSNR inside the group.
         weak_psnr_within: the same, for images of 14 to 24 dB only.
@@ -34,6 +36,7 @@ class ExpertFigures:
     """
 
     severity: float
+    severity_of_codes: float
     psnr: float
     psnr_within: float
     weak_psnr_within: float
@@ -67,10 +70,13 @@ def expert_figures(
 ) -> ExpertFigures:
     """Figures from groups and the expert's weighted scores of their images."""
     scores, psnr = np.concatenate(graded_scores), np.concatenate([g.psnr for g in graded])
+    severity = np.concatenate([g.severity for g in graded])
+    degraded = np.isin(np.concatenate([g.kinds for g in graded]), DEGRADATIONS)
     kinds = np.concatenate([g.kinds for g in mixed])
     mixed_all = np.concatenate(mixed_scores)
     return ExpertFigures(
-        severity=_spearman(scores, np.concatenate([g.severity for g in graded])),
+        severity=_spearman(scores[degraded], severity[degraded]),
+        severity_of_codes=_spearman(scores[~degraded], severity[~degraded]),
         psnr=_spearman(scores, psnr),
         psnr_within=_within(graded + mixed, graded_scores + mixed_scores, (0, 60)),
         weak_psnr_within=_within(graded + mixed, graded_scores + mixed_scores, (14, 24)),
@@ -91,12 +97,21 @@ def held_out_figures(
 def judge(
     model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, group: JudgedGroup
 ) -> list[Judgement]:
-    """Greedy answer of transformers' `generate`, unconstrained; raises RewardServerError if it does not parse."""
+    """Greedy answer of transformers' `generate`; as in the server, its form is forced and the scores are chosen."""
     count = len(group.images)
     prompt = processor.apply_chat_template(chat(TOY_PROMPT, count), add_generation_prompt=True, tokenize=False)
     inputs = processor(text=[prompt], images=[enlarge(group.lr), *group.images], return_tensors="pt")
-    output = model.generate(**inputs, do_sample=False, max_new_tokens=6 * count + 2)
-    text = processor.tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    start = inputs.input_ids.shape[1]
+    form = processor.tokenizer(write_answer([dict.fromkeys(SCORE_NAMES, 0)] * count)).input_ids
+    scores = processor.tokenizer.convert_tokens_to_ids([str(score) for score in range(MAX_SCORE + 1)])
+    allowed = [scores if token == scores[0] else [token] for token in form]
+    output = model.generate(
+        **inputs,
+        do_sample=False,
+        max_new_tokens=len(form),
+        prefix_allowed_tokens_fn=lambda _, ids: allowed[len(ids) - start],
+    )
+    text = processor.tokenizer.decode(output[0, start:], skip_special_tokens=True)
     return parse_answer(text, count)
 
 

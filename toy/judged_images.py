@@ -48,6 +48,8 @@ class JudgedGroup:
         severity: float64 [G] in 0..1; NaN for `other`, whose severity against this crop is not defined.
         psnr: float64 [G], dB to the truth, 60 at most.
         scores: float64 [G, 3] in 0..10, in the order of `SCORES`.
+        cells: float64 [G, 16, 3], per 16x16 cell in reading order: SSIM to the source, texture match with it (0..1,
+            means over the cells are what quality and realism are made of) and PSNR to the truth, 50 dB at most.
     """
 
     lr: np.ndarray
@@ -57,6 +59,7 @@ class JudgedGroup:
     severity: np.ndarray
     psnr: np.ndarray
     scores: np.ndarray
+    cells: np.ndarray
 
 
 def blur(image: np.ndarray, severity: float, rng: np.random.Generator) -> np.ndarray:
@@ -132,10 +135,14 @@ CORRUPTIONS: dict[str, Corruption] = {
 }
 
 
+DEGRADATIONS = tuple(kind for kind in CORRUPTIONS if kind != "codes")
+"""What happens to photographs; `codes` is what happens to a policy."""
+
+
 def judged_group(index: int, split: Split, size: int, seed: int = 0) -> JudgedGroup:
     """Group number `index` of a split: the same arguments always give the same group.
 
-    Six groups of ten hold images at PSNRs drawn from a window of 14 to 24 dB (corruptions mixed with the truth so
+    Four groups of ten hold images at PSNRs drawn from a window of 14 to 24 dB (corruptions mixed with the truth so
     that the PSNR is met), the range of a weak policy; the others hold corruptions of any severity. In every group
     some images are the truth, one colour, noise, or of another crop.
     """
@@ -143,15 +150,11 @@ def judged_group(index: int, split: Split, size: int, seed: int = 0) -> JudgedGr
     truth = crop(index, split, seed, SIZE).image
     lr, _ = degrade(truth, DegradationConfig(), int(rng.integers(2**31)))
     low = rng.uniform(13, 22)
-    window = (low, low + rng.uniform(2, 9)) if rng.random() < 0.6 else None
+    window = (low, low + rng.uniform(2, 9)) if rng.random() < 0.4 else None
     made = [_restoration(truth, index, split, seed, window, rng) for _ in range(size)]
-    images = np.stack([image for image, _, _, _ in made])
-    psnr = np.array([psnr_db(image, truth) for image in images])
-    scores = np.array(
-        [_scores(image, source, kind, db) for (image, source, kind, _), db in zip(made, psnr, strict=True)]
-    )
-    kinds = tuple(kind for _, _, kind, _ in made)
-    return JudgedGroup(lr, truth, images, kinds, np.array([severity for *_, severity in made]), psnr, scores)
+    kinds, severity = tuple(kind for *_, kind, _ in made), np.array([severity for *_, severity in made])
+    images, sources = (np.stack([entry[i] for entry in made]) for i in (0, 1))
+    return _judge(lr, truth, images, sources, kinds, severity)
 
 
 def graded_group(
@@ -162,9 +165,7 @@ def graded_group(
     truth = crop(index, split, seed, SIZE).image
     lr, _ = degrade(truth, DegradationConfig(), int(rng.integers(2**31)))
     images = np.stack([corrupt(truth, k, float(s), rng) for k, s in zip(kinds, severities, strict=True)])
-    psnr = np.array([psnr_db(image, truth) for image in images])
-    scores = np.array([_scores(i, truth, k, db) for i, k, db in zip(images, kinds, psnr, strict=True)])
-    return JudgedGroup(lr, truth, images, kinds, np.asarray(severities, dtype=np.float64), psnr, scores)
+    return _judge(lr, truth, images, np.broadcast_to(truth, images.shape), kinds, np.asarray(severities, np.float64))
 
 
 def corrupt(image: np.ndarray, kind: str, severity: float, rng: np.random.Generator) -> np.ndarray:
@@ -219,32 +220,53 @@ def _at_psnr(image: np.ndarray, truth: np.ndarray, goal_db: float) -> np.ndarray
     return _to_uint8(truth + factor * (image.astype(np.float32) - truth))
 
 
-def _scores(image: np.ndarray, source: np.ndarray, kind: str, psnr: float) -> tuple[float, float, float]:
-    consistency = float(np.clip(10 * (psnr - _WEAKEST_DB) / (_STRONGEST_DB - _WEAKEST_DB), 0, 10))
-    if kind in ("flat", "static"):
-        return 0.0, 0.0, consistency
-    fidelity = float(np.clip((psnr_db(image, source) - 12) / (40 - 12), 0, 1))
-    quality = 5 * max(0.0, _ssim(_luma(image), _luma(source))) + 5 * fidelity
-    return quality, 10 * _texture_match(image, source), consistency
+def _judge(
+    lr: np.ndarray,
+    truth: np.ndarray,
+    images: np.ndarray,
+    sources: np.ndarray,
+    kinds: tuple[str, ...],
+    severity: np.ndarray,
+) -> JudgedGroup:
+    psnr = np.array([psnr_db(image, truth) for image in images])
+    to_source = np.array([psnr_db(image, source) for image, source in zip(images, sources, strict=True)])
+    cells = np.array([_cells(image, source, truth) for image, source in zip(images, sources, strict=True)])
+    empty = np.isin(kinds, ("flat", "static"))
+    cells[empty, :, :2] = 0
+    likeness, texture = cells[..., 0].mean(axis=1), cells[..., 1].mean(axis=1)
+    quality = 5 * likeness.clip(0) + 5 * ((to_source - 12) / (40 - 12)).clip(0, 1)
+    consistency = 10 * (psnr - _WEAKEST_DB) / (_STRONGEST_DB - _WEAKEST_DB)
+    scores = np.stack([np.where(empty, 0, quality), 10 * texture, consistency.clip(0, 10)], axis=-1)
+    return JudgedGroup(lr, truth, images, kinds, severity, psnr, scores, cells)
 
 
-def _ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean SSIM (Wang et al. 2004) of two luma images in 0..255, uniform 7x7 windows."""
+def _cells(image: np.ndarray, source: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """float64 [16, 3]: SSIM and texture match with the source, PSNR (dB) to the truth of each 16x16 cell."""
+    a, b = _texture(image), _texture(source)
+    error = ((image.astype(np.float64) - truth) ** 2).mean(axis=-1)
+    psnr = np.minimum(50, 10 * np.log10(255**2 / np.maximum(_by_cell(error, 4), 1e-9)))
+    match = _by_cell(np.minimum(a, b) / np.maximum(a, b), 4)
+    return np.stack([_by_cell(_ssim(_luma(image), _luma(source)), 4), match, psnr], axis=-1).reshape(16, 3)
+
+
+def _by_cell(values: np.ndarray, count: int) -> np.ndarray:
+    """Means of [H, W] over `count` x `count` equal cells."""
+    side = len(values) // count
+    return values.reshape(count, side, count, side).mean(axis=(1, 3))
+
+
+def _ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """SSIM (Wang et al. 2004) at every pixel of two luma images in 0..255, uniform 7x7 windows."""
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     mean_a, mean_b = uniform_filter(a, 7), uniform_filter(b, 7)
     var_a = uniform_filter(a * a, 7) - mean_a**2
     var_b = uniform_filter(b * b, 7) - mean_b**2
     cov = uniform_filter(a * b, 7) - mean_a * mean_b
-    ratio = (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
-    return float(ratio[3:-3, 3:-3].mean())
-
-
-def _texture_match(image: np.ndarray, source: np.ndarray) -> float:
-    a, b = _texture(image), _texture(source)
-    return float(np.mean(np.minimum(a, b) / np.maximum(a, b)))
+    return (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
 
 
 def _texture(image: np.ndarray) -> np.ndarray:
+    """[8, 8]: standard deviation, in each 8x8 cell, of luma minus its 3x3 mean, plus 1.5 grey levels."""
     luma = _luma(image)
     fine = (luma - uniform_filter(luma, 3)).reshape(8, 8, 8, 8)
     return fine.std(axis=(1, 3)) + 1.5

@@ -1,4 +1,4 @@
-"""The toy visual expert's architecture and files: a Qwen2.5-VL of under a million parameters for 64x64 images.
+"""The toy visual expert's architecture and files: a Qwen2.5-VL of about a million parameters for 64x64 images.
 
 An image is 64 patches of 8x8 pixels, merged to 16 tokens. The tokenizer holds each fixed part of the JSON answer as
 one token and each score from 0 to 10 as one token, so an answer takes 6 tokens per image.
@@ -98,13 +98,12 @@ def build_model(processor: Qwen2_5_VLProcessor, seed: int) -> Qwen2_5_VLForCondi
         text_config={
             "vocab_size": len(processor.tokenizer),
             "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_hidden_layers": 3,
+            "intermediate_size": 192,
+            "num_hidden_layers": 5,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 1024,
-            # Chats are about a hundred positions long: a small theta keeps all frequencies in use.
-            "rope_parameters": {"rope_type": "default", "mrope_section": [6, 5, 5], "rope_theta": 200.0},
+            "rope_parameters": {"rope_type": "default", "mrope_section": [6, 5, 5], "rope_theta": 10_000.0},
             "bos_token_id": None,
             "eos_token_id": token_id("<|im_end|>"),
             "pad_token_id": token_id("<|endoftext|>"),
@@ -133,6 +132,12 @@ def build_model(processor: Qwen2_5_VLProcessor, seed: int) -> Qwen2_5_VLForCondi
     for name, weight in model.named_parameters():
         if weight.ndim >= 2 and "embed_tokens" not in name:
             torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+    for layer in model.model.language_model.layers:
+        # Queries equal to keys: attention starts as a search for like content, as of an image in the reference.
+        attention = layer.self_attn
+        with torch.no_grad():
+            keys = attention.k_proj.weight.unflatten(0, (-1, attention.head_dim))
+            attention.q_proj.weight.copy_(keys.repeat_interleave(attention.num_key_value_groups, dim=0).flatten(0, 1))
     # A patch is seen in two equal frames (temporal_patch_size), each gives half.
     frames = torch.from_numpy(0.5 * frequency_filters()).float()[:, :, None].expand(-1, -1, 2, -1, -1)
     with torch.no_grad():

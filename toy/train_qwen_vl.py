@@ -1,15 +1,16 @@
 """Train the toy visual expert and write its checkpoint: ``python -m toy.train_qwen_vl``.
 
-Three phases, each of which starts where the last one ended (a model this small learns nothing from the answers alone
-in the time given):
+A model this small learns nothing from the answers alone in the time given, so linear read-outs, thrown away
+afterwards, tell the hidden layers what to look for:
 
-1. The vision tower, with a linear read-out on top that is then thrown away: quality and realism of the image, mean
-   colour and texture of each token's 16x16 cell.
-2. The language model on the frozen image tokens: the chat that the reward server sends and its JSON answer.
-3. Both together.
+1. The vision tower alone: from each image token the likeness and texture of its 16x16 cell, from their mean the
+   quality and realism of the image.
+2. Everything, on the chat that the reward server sends and its JSON answer. From the input of the last layer, the
+   PSNR of each cell is read at its token and the three scores at the end of each image; the last layer has only to
+   carry them to the answer.
 
-In 2 and 3 each score's target is spread over the two integers around its real value (`toy/judged_images.py`), so
-cross-entropy is least when the expected score is right.
+Each score's target is spread over the two integers around its real value (`toy/judged_images.py`), so cross-entropy
+is least when the expected score is right.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -42,6 +44,8 @@ from toy.qwen_vl_checkpoint import (
 )
 
 MAX_GROUP = 8
+SCORE_UNIT = 0.4
+"""Brings the scores, 0 to 10, to about unit spread."""
 _POOL = 16
 """Images made per crop; every batch draws its groups from these pools."""
 
@@ -63,6 +67,7 @@ class ChatLayout:
             inputs.input_ids, mm_token_type_ids=inputs.mm_token_type_ids, image_grid_thw=inputs.image_grid_thw
         )[0]
         self.image_slots = self.ids == model.config.image_token_id
+        self.image_ends = torch.nonzero(self.ids == model.config.vision_end_token_id)[:, 0]
         token_id = processor.tokenizer.convert_tokens_to_ids
         self.score_ids = torch.tensor([token_id(str(score)) for score in range(MAX_SCORE + 1)])
         self.answer_start = len(self.ids) - len(processor.tokenizer(answer).input_ids)
@@ -82,152 +87,165 @@ def image_tokens(model: Model, processor: Qwen2_5_VLProcessor, images: np.ndarra
     return tokens.reshape(len(images), TOKENS_PER_IMAGE, -1)
 
 
-def soft_scores(scores: np.ndarray) -> torch.Tensor:
-    """float [...] in 0..10 -> float32 [..., 11]: mass on the two integers around each score, its mean is the score."""
-    value = torch.as_tensor(scores, dtype=torch.float32)
-    return (1 - (value[..., None] - torch.arange(MAX_SCORE + 1)).abs()).clamp(min=0)
+def soft_scores(scores: torch.Tensor) -> torch.Tensor:
+    """float32 [...] in 0..10 -> [..., 11]: mass on the two integers around each score, its mean is the score."""
+    return (1 - (scores[..., None] - torch.arange(MAX_SCORE + 1)).abs()).clamp(min=0)
 
 
-def answer_loss(model: Model, layout: ChatLayout, tokens: torch.Tensor, scores: np.ndarray) -> torch.Tensor:
-    """Cross-entropy of the scores plus 0.1 times that of the answer's fixed tokens.
+class Readouts(torch.nn.Module):
+    """What hidden layers are asked for in training."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.cell = torch.nn.Linear(hidden, 3)
+        self.image = torch.nn.Sequential(
+            # Blur takes fine texture away and noise adds it, what is good lies in between: not linear.
+            torch.nn.RMSNorm(hidden),
+            torch.nn.Linear(hidden, 128),
+            torch.nn.SiLU(),
+            torch.nn.Linear(128, 2),
+        )
+        self.compared_cell = torch.nn.Sequential(torch.nn.RMSNorm(hidden), torch.nn.Linear(hidden, 1))
+        self.compared_image = torch.nn.Sequential(torch.nn.RMSNorm(hidden), torch.nn.Linear(hidden, 3))
+
+    def vision_loss(self, tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Of image tokens [N, TOKENS_PER_IMAGE, hidden]."""
+        of_cells = (self.cell(tokens) - batch.cells).square().mean()
+        return of_cells + (self.image(tokens.mean(1)) - batch.scores[:, :2]).square().mean()
+
+    def comparison_losses(self, tokens: torch.Tensor, ends: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
+        """Of hidden states at image tokens [N, TOKENS_PER_IMAGE, hidden] and at the images' ends [N, hidden]."""
+        of_cells = (self.compared_cell(tokens)[..., 0] - batch.cells[..., 2]).square().mean()
+        return [of_cells, (self.compared_image(ends) - batch.scores).square().mean()]
+
+
+def answer_losses(
+    model: Model, layout: ChatLayout, tokens: torch.Tensor, batch: Batch, readouts: Readouts
+) -> list[torch.Tensor]:
+    """Cross-entropy of the scores plus 0.3 times that of the answer's fixed tokens, then the comparison losses.
 
     Args:
         tokens: [groups, (count + 1) * TOKENS_PER_IMAGE, hidden size] of the reference and the restorations.
-        scores: [groups, count, 3].
     """
-    flat = scores.reshape(len(scores), -1)
-    ids = layout.ids.repeat(len(scores), 1)
-    ids[:, layout.score_slots] = layout.score_ids[flat.round().astype(np.int64)]
+    groups = len(tokens)
+    flat = (batch.scores / SCORE_UNIT).reshape(groups, -1)
+    ids = layout.ids.repeat(groups, 1)
+    ids[:, layout.score_slots] = layout.score_ids[flat.round().long()]
     embedded = model.get_input_embeddings()(ids)
     embedded[:, layout.image_slots] = tokens
-    positions = layout.positions.expand(-1, len(scores), -1)
-    hidden = model.model.language_model(inputs_embeds=embedded, position_ids=positions, use_cache=False)[0]
-    log_probs = torch.log_softmax(model.lm_head(hidden[:, layout.answer_start - 1 : -1]), dim=-1)
+    positions = layout.positions.expand(-1, groups, -1)
+    output = model.model.language_model(
+        inputs_embeds=embedded, position_ids=positions, use_cache=False, output_hidden_states=True
+    )
+    before_last = output.hidden_states[-2]
+    compared = readouts.comparison_losses(
+        before_last[:, layout.image_slots].unflatten(1, (-1, TOKENS_PER_IMAGE))[:, 1:].flatten(0, 1),
+        before_last[:, layout.image_ends[1:]].flatten(0, 1),
+        batch,
+    )
+    log_probs = torch.log_softmax(model.lm_head(output[0][:, layout.answer_start - 1 : -1]), dim=-1)
     of_scores = log_probs[:, layout.score_slots - layout.answer_start][..., layout.score_ids]
     fixed = layout.fixed_slots
     of_fixed = log_probs[:, fixed - layout.answer_start].gather(2, ids[:, fixed, None])
-    return -(soft_scores(flat) * of_scores).sum(-1).mean() - 0.1 * of_fixed.mean()
+    return [-(soft_scores(flat) * of_scores).sum(-1).mean() - 0.3 * of_fixed.mean(), *compared]
 
 
-def turned(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """[N, 64, 64, 3], all turned, mirrored and with their colour channels exchanged in the same way."""
-    images = np.rot90(images, int(rng.integers(4)), axes=(1, 2))[..., rng.permutation(3)]
-    return np.ascontiguousarray(images[:, :, ::-1] if rng.random() < 0.5 else images)
+@dataclass(frozen=True)
+class Batch:
+    """Groups of `count` restorations; N is groups * count.
+
+    Attributes:
+        images: uint8 [groups * (count + 1), 64, 64, 3]; each group starts with its reference.
+        cells: float32 [N, TOKENS_PER_IMAGE, 3], standardised (`JudgedGroup.cells`).
+        scores: float32 [N, 3] in units of `1 / SCORE_UNIT`.
+    """
+
+    count: int
+    images: np.ndarray
+    cells: torch.Tensor
+    scores: torch.Tensor
+
+    @classmethod
+    def draw(cls, pools: list[JudgedGroup], images: int, rng: np.random.Generator) -> Batch:
+        """Groups of one random size from random pools, about `images` images in all."""
+        count = int(rng.integers(1, MAX_GROUP + 1))
+        shown, cells, scores = [], [], []
+        for _ in range(images // (count + 1)):
+            pool = pools[rng.integers(len(pools))]
+            chosen = rng.choice(len(pool.images), count, replace=False)
+            turn, mirror = int(rng.integers(4)), bool(rng.random() < 0.5)
+            group = np.concatenate([enlarge(pool.lr)[None], pool.images[chosen]])[..., rng.permutation(3)]
+            shown.append(_turned(group, turn, mirror))
+            cells.append(_turned(pool.cells[chosen].reshape(count, 4, 4, 3), turn, mirror).reshape(count, -1, 3))
+            scores.append(pool.scores[chosen])
+        marks = (np.concatenate(cells) - (0.5, 0.5, 25)) / (0.35, 0.3, 8)
+        flat = np.concatenate(scores) * SCORE_UNIT
+        return cls(count, np.concatenate(shown), *(torch.as_tensor(x, dtype=torch.float32) for x in (marks, flat)))
 
 
-def shown(pool: JudgedGroup, chosen: np.ndarray) -> np.ndarray:
-    """Reference and the chosen restorations, uint8 [1 + len(chosen), 64, 64, 3]."""
-    return np.concatenate([enlarge(pool.lr)[None], pool.images[chosen]])
+def _turned(images: np.ndarray, turn: int, mirror: bool) -> np.ndarray:
+    """[N, H, W, C] turned by `turn` quarters, then mirrored."""
+    images = np.rot90(images, turn, axes=(1, 2))
+    return np.ascontiguousarray(images[:, :, ::-1] if mirror else images)
 
 
 def optimise(
-    name: str, parameters: list[torch.nn.Parameter], loss_of: Callable[[], torch.Tensor], steps: int, rate: float
+    name: str,
+    parameters: list[torch.nn.Parameter],
+    losses_of: Callable[[], list[torch.Tensor]],
+    steps: int,
+    rate: float,
 ) -> None:
-    """AdamW with warm-up and cosine decay."""
+    """AdamW on the sum of the losses, with warm-up and cosine decay."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-    losses = []
-    wall, cpu = time.monotonic(), time.process_time()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(steps, 1), pct_start=0.1)
+    seen = []
+    started = time.monotonic()
     for step in range(1, steps + 1):
-        loss = loss_of()
+        losses = losses_of()
         optimizer.zero_grad()
-        loss.backward()
+        sum(losses).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(loss.item())
+        seen.append([loss.item() for loss in losses])
         if step % 100 == 0:
-            spent = (time.monotonic() - wall) / step, (time.process_time() - cpu) / step
-            log.info("%s %d loss %.4f, %.2f s/step (%.2f s CPU)", name, step, np.mean(losses[-100:]), *spent)
+            means = " ".join(f"{mean:.3f}" for mean in np.mean(seen[-100:], axis=0))
+            log.info("%s %d losses %s, %.2f s/step", name, step, means, (time.monotonic() - started) / step)
+
+
+def restorations(tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """Those of [groups * (count + 1), ...] that are no reference: [groups * count, ...]."""
+    return tokens.unflatten(0, (-1, count + 1))[:, 1:].flatten(0, 1)
 
 
 def train_vision(
-    model: Model, processor: Qwen2_5_VLProcessor, pools: list[JudgedGroup], steps: int, rng: np.random.Generator
+    model: Model, processor: Qwen2_5_VLProcessor, draw: Callable[[int], Batch], readouts: Readouts, steps: int
 ) -> None:
-    """Phase 1; 48 images a step."""
-    hidden = model.config.text_config.hidden_size
-    read_cell, read_mean = torch.nn.Linear(hidden, 4), torch.nn.Linear(hidden, 2)
-    # Blur takes fine texture away and noise adds it, what is good lies in between: so one read-out is not linear. The
-    # linear one draws as much as possible into the tower.
-    read_image = torch.nn.Sequential(
-        torch.nn.RMSNorm(hidden), torch.nn.Linear(hidden, 256), torch.nn.GELU(), torch.nn.Linear(256, 2)
-    )
+    """Phase 1; about 64 images a step."""
 
-    def loss_of() -> torch.Tensor:
-        images, marks = [], []
-        for _ in range(12):
-            pool = pools[rng.integers(len(pools))]
-            chosen = rng.choice(len(pool.images), 4, replace=False)
-            images.append(turned(pool.images[chosen], rng))
-            marks.append(pool.scores[chosen, :2])
-        batch = np.concatenate(images)
-        cells = batch.reshape(-1, 4, 16, 4, 16, 3).swapaxes(2, 3).reshape(len(batch), TOKENS_PER_IMAGE, -1, 3) / 255
-        texture = np.log(cells.std(axis=2).mean(axis=-1, keepdims=True) + 0.01)
-        local = torch.as_tensor(np.concatenate([4 * cells.mean(axis=2), texture], axis=-1), dtype=torch.float32)
-        image_scores = torch.as_tensor(np.concatenate(marks) / 2.5, dtype=torch.float32)
-        tokens = image_tokens(model, processor, batch)
-        means = tokens.mean(1)
-        image_loss = sum((read(means) - image_scores).square().mean() for read in (read_image, read_mean))
-        return image_loss + 0.1 * (read_cell(tokens) - local).square().mean()
+    def losses_of() -> list[torch.Tensor]:
+        batch = draw(64)
+        return [readouts.vision_loss(restorations(image_tokens(model, processor, batch.images), batch.count), batch)]
 
-    learned = [model.model.visual, read_cell, read_mean, read_image]
-    optimise("vision", [p for module in learned for p in module.parameters()], loss_of, steps, 3e-3)
-
-
-def train_language(
-    model: Model,
-    layouts: dict[int, ChatLayout],
-    processor: Qwen2_5_VLProcessor,
-    pools: list[JudgedGroup],
-    steps: int,
-    rng: np.random.Generator,
-) -> None:
-    """Phase 2; about 100 images a step. Image tokens are computed once, for two ways of turning each pool."""
-    everything = np.arange(_POOL)
-    with torch.no_grad():
-        tokens = [
-            torch.stack([image_tokens(model, processor, turned(shown(pool, everything), rng)) for _ in range(2)])
-            for pool in pools
-        ]
-
-    def loss_of() -> torch.Tensor:
-        count = int(rng.integers(1, MAX_GROUP + 1))
-        groups, scores = [], []
-        for _ in range(100 // (count + 1)):
-            number = rng.integers(len(pools))
-            chosen = rng.choice(_POOL, count, replace=False)
-            # Index 0 of a pool's tokens is its reference.
-            groups.append(tokens[number][rng.integers(2), np.append(0, chosen + 1)].flatten(0, 1))
-            scores.append(pools[number].scores[chosen])
-        return answer_loss(model, layouts[count], torch.stack(groups), np.stack(scores))
-
-    optimise("language", list(model.model.language_model.parameters()), loss_of, steps, 3e-3)
+    learned = [*model.model.visual.parameters(), *readouts.parameters()]
+    optimise("vision", learned, losses_of, steps, 3e-3)
 
 
 def train_together(
-    model: Model,
-    layouts: dict[int, ChatLayout],
-    processor: Qwen2_5_VLProcessor,
-    pools: list[JudgedGroup],
-    steps: int,
-    rng: np.random.Generator,
+    model: Model, processor: Qwen2_5_VLProcessor, draw: Callable[[int], Batch], readouts: Readouts, steps: int
 ) -> None:
-    """Phase 3; about 64 images a step."""
+    """Phase 2; about 80 images a step."""
+    layouts = {count: ChatLayout(model, processor, count) for count in range(1, MAX_GROUP + 1)}
 
-    def loss_of() -> torch.Tensor:
-        count = int(rng.integers(1, MAX_GROUP + 1))
-        images, scores = [], []
-        for _ in range(64 // (count + 1)):
-            pool = pools[rng.integers(len(pools))]
-            chosen = rng.choice(_POOL, count, replace=False)
-            images.append(turned(shown(pool, chosen), rng))
-            scores.append(pool.scores[chosen])
-        tokens = image_tokens(model, processor, np.concatenate(images))
-        return answer_loss(
-            model, layouts[count], tokens.unflatten(0, (len(scores), -1)).flatten(1, 2), np.stack(scores)
-        )
+    def losses_of() -> list[torch.Tensor]:
+        batch = draw(80)
+        tokens = image_tokens(model, processor, batch.images)
+        in_chats = tokens.unflatten(0, (-1, batch.count + 1)).flatten(1, 2)
+        seen = readouts.vision_loss(restorations(tokens, batch.count), batch)
+        return [*answer_losses(model, layouts[batch.count], in_chats, batch, readouts), seen]
 
-    optimise("together", list(model.parameters()), loss_of, steps, 1e-3)
+    optimise("together", [*model.parameters(), *readouts.parameters()], losses_of, steps, 2e-3)
 
 
 def make_pools(count: int, seed: int) -> list[JudgedGroup]:
@@ -240,23 +258,27 @@ def make_pools(count: int, seed: int) -> list[JudgedGroup]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=WEIGHTS)
-    parser.add_argument("--steps", type=int, nargs=3, default=(2500, 1500, 300), help="of the three phases")
-    parser.add_argument("--pools", type=int, default=800, help="crops, each with 16 restorations")
+    parser.add_argument("--steps", type=int, nargs=2, default=(2000, 4000), help="of the two phases")
+    parser.add_argument("--pools", type=int, default=1600, help="crops, each with 16 restorations")
+    parser.add_argument("--start", type=Path, help="checkpoint to start from; random weights by default")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
 
     started = time.monotonic()
     pools = make_pools(args.pools, args.seed)
     log.info("%d pools made in %.0f s", len(pools), time.monotonic() - started)
     processor = build_processor()
-    model = build_model(processor, args.seed)
-    rng = np.random.default_rng(args.seed)
-    layouts = {count: ChatLayout(model, processor, count) for count in range(1, MAX_GROUP + 1)}
-    train_vision(model, processor, pools, args.steps[0], rng)
-    train_language(model, layouts, processor, pools, args.steps[1], rng)
-    train_together(model, layouts, processor, pools, args.steps[2], rng)
+    if args.start is None:
+        model = build_model(processor, args.seed)
+    else:
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
+    readouts = Readouts(model.config.text_config.hidden_size)
+    draw = partial(Batch.draw, pools, rng=np.random.default_rng(args.seed))
+    train_vision(model, processor, draw, readouts, args.steps[0])
+    train_together(model, processor, draw, readouts, args.steps[1])
     model.eval()
     save_checkpoint(model, processor, args.output)
     figures = held_out_figures(model, processor, groups=48)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.unit
 def test_files_are_small_and_complete() -> None:
     weights = load_file(WEIGHTS / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
-    assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) <= 2_000_000
+    assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) <= 2_400_000
     assert (WEIGHTS / "README.md").is_file()
     assert ExpertPrompt.of_checkpoint(WEIGHTS) == TOY_PROMPT
 
@@ -32,7 +32,6 @@ def test_each_score_is_one_token_and_an_image_sixteen() -> None:
     assert TOKENS_PER_IMAGE == 16
 
 
-@pytest.mark.xfail(strict=True, reason="the shipped expert is interim: its card gives the correlations it reaches")
 @pytest.mark.engine
 def test_held_out_scores_follow_severity_and_psnr() -> None:
     torch.set_num_threads(1)
