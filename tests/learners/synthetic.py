@@ -112,6 +112,10 @@ def with_samples(group: ScoredGroup, **changes: object) -> ScoredGroup:
     return replace(group, group=replace(group.group, samples=samples))
 
 
+Anchors = list[list[torch.Tensor]]
+"""Log-probs of the sampled tokens, by group and sample."""
+
+
 class Oracle:
     """GRPO with torch's AdamW: sequence by sequence, eq. 1 written out, one backward for the whole batch."""
 
@@ -129,43 +133,57 @@ class Oracle:
             eps=ADAM_EPS,
         )
 
-    def gradient(self, groups: list[ScoredGroup]) -> dict[str, torch.Tensor]:
+    def gradient(self, groups: list[ScoredGroup], anchors: Anchors | None = None) -> dict[str, torch.Tensor]:
         """Gradient of the step's loss before clipping, by parameter name."""
         self.optimizer.zero_grad()
-        self.loss(groups).backward()
+        self.loss(groups, anchors).backward()
         return {name: p.grad.clone() for name, p in self.policy.model.named_parameters()}
 
-    def loss(self, groups: list[ScoredGroup]) -> torch.Tensor:
-        """Scalar: mean over kept sequences of the mean over their sampled tokens."""
+    def anchors(self, groups: list[ScoredGroup]) -> Anchors:
+        """The policy's own log-probs of all sampled tokens, now."""
+        with torch.no_grad():
+            return [[self._logprobs(self.policy, group, sample) for sample in group.group.samples] for group in groups]
+
+    def loss(self, groups: list[ScoredGroup], anchors: Anchors | None = None) -> torch.Tensor:
+        """Scalar: mean over kept sequences of the mean over their sampled tokens.
+
+        With ``anchors``, they are pi_old and the sampler's log-probs enter the truncated importance weights.
+        """
         config = self.spec.loss
         losses = []
-        for group in groups:
+        for g, group in enumerate(groups):
             rows = torch.zeros(len(group.totals), dtype=torch.int64)
             totals, valid = torch.from_numpy(group.totals), torch.from_numpy(group.valid)
             advantages, keep = group_advantages(totals, valid, rows, self.spec.advantage)
             for i, sample in enumerate(group.group.samples):
                 if not keep[i]:
                     continue
-                arguments = group.group.prompt.ids, sample.ids, sample.supports
-                chosen = torch.from_numpy(sample.supports != int(Support.FORCED))
-                logprobs = self.policy.logprobs(*arguments)[chosen]
+                logprobs = self._logprobs(self.policy, group, sample)
                 with torch.no_grad():
-                    reference = self.reference.logprobs(*arguments)[chosen]
-                ratio = (logprobs - torch.from_numpy(sample.logprobs)[chosen]).exp()
+                    reference = self._logprobs(self.reference, group, sample)
+                behaviour = torch.from_numpy(sample.logprobs)[sample.supports != int(Support.FORCED)]
+                old = behaviour if anchors is None else anchors[g][i]
+                weight = 1 if anchors is None else (old - behaviour).exp().clamp(max=config.is_truncation)
+                ratio = (logprobs - old).exp()
                 clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-                surrogate = torch.minimum(ratio * advantages[i], clipped * advantages[i])
+                surrogate = weight * torch.minimum(ratio * advantages[i], clipped * advantages[i])
                 kl = (reference - logprobs).exp() - (reference - logprobs) - 1
                 losses.append((-surrogate + config.kl_beta * kl).mean())
         return torch.stack(losses).mean()
 
-    def step(self, groups: list[ScoredGroup], step: int) -> float:
+    def step(self, groups: list[ScoredGroup], step: int, anchors: Anchors | None = None) -> float:
         """One update; returns the gradient norm before clipping."""
-        self.gradient(groups)
+        self.gradient(groups, anchors)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), self.spec.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.spec.learning_rate_at(step)
         self.optimizer.step()
         return float(norm)
+
+    @staticmethod
+    def _logprobs(policy: PlainPolicy, group: ScoredGroup, sample: Sample) -> torch.Tensor:
+        chosen = torch.from_numpy(sample.supports != int(Support.FORCED))
+        return policy.logprobs(group.group.prompt.ids, sample.ids, sample.supports)[chosen]
 
 
 Weights = dict[str, torch.Tensor]

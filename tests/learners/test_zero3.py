@@ -10,18 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from learners.spec import LearnerSpec
 from tests.learners.synthetic import Oracle, PlainPolicy, assert_same_update, scored_groups, snapshot
 from tests.learners.zero3_gradient import Job
-from vlcot.groups import ScoredGroup
+from vlcot.grammar import Support
+from vlcot.groups import Sample, ScoredGroup
 from vlcot.policy.family import Family
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 BUDGETS = {"many": 150, "one": 100_000}
 """Micro-batches of one or two sequences, and a single one per rank."""
+SPLITS = [(ranks, split) for ranks in (1, 2) for split in BUDGETS]
 
 
 def run_ranks(jobs: list[Job], ranks: int, directory: Path) -> None:
@@ -37,6 +40,24 @@ def run_ranks(jobs: list[Job], ranks: int, directory: Path) -> None:
     for process in processes:
         _, errors = process.communicate(timeout=500)
         assert process.returncode == 0, errors[-3000:]
+
+
+def off_policy(spec: LearnerSpec) -> LearnerSpec:
+    """Two updates on a batch, with truncated importance sampling."""
+    return replace(spec, epochs_per_batch=2, loss=replace(spec.loss, is_truncation=1.1))
+
+
+def mismatched(groups: list[ScoredGroup]) -> list[ScoredGroup]:
+    """Groups whose sampler was another model: log-probs off by a fifth."""
+    rng = np.random.default_rng(3)
+
+    def shifted(sample: Sample) -> Sample:
+        noise = np.where(sample.supports == int(Support.FORCED), 0, rng.normal(0, 0.2, len(sample.ids)))
+        return replace(sample, logprobs=(sample.logprobs + noise).astype(np.float32))
+
+    return [
+        replace(g, group=replace(g.group, samples=tuple(shifted(sample) for sample in g.group.samples))) for g in groups
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +77,8 @@ def runs(
             split: Job(replace(spec, micro_batch_tokens=budget), groups, directory / f"{ranks}-{split}.pt")
             for split, budget in BUDGETS.items()
         }
+        if ranks == 2:
+            jobs["epochs"] = Job(off_policy(spec), mismatched(groups), directory / "epochs.pt")
         run_ranks(list(jobs.values()), ranks, directory)
         found |= {(ranks, split): torch.load(job.output) for split, job in jobs.items()}
     return found
@@ -82,14 +105,30 @@ def test_gradient_and_update_equal_plain_torch(runs, spec, groups, ranks, split)
 def test_every_split_moves_the_weights_alike(runs, spec: LearnerSpec) -> None:
     """1 rank or 2, one micro-batch or many: the same weights to 1e-6."""
     start = snapshot(PlainPolicy(spec.policy_path, spec.temperature))
-    for run in runs.values():
-        assert_same_update(run["weights"], runs[1, "one"]["weights"], start, atol=1e-6)
+    for key in SPLITS:
+        assert_same_update(runs[key]["weights"], runs[1, "one"]["weights"], start, atol=1e-6)
+
+
+def test_second_epoch_with_truncated_importance_sampling_equals_plain_torch(runs, spec, groups) -> None:
+    """The ratio is anchored on the weights at the start of the step, the sampler's log-probs enter the weights only."""
+    oracle, shifted = Oracle(off_policy(spec)), mismatched(groups)
+    anchors = oracle.anchors(shifted)
+    norms = [oracle.step(shifted, 1, anchors)]
+    expected = oracle.gradient(shifted, anchors)
+    norms.append(float(torch.stack([g.norm() for g in expected.values()]).norm()))
+    found = runs[2, "epochs"]
+    assert found["metrics"]["grpo/grad_norm"] == pytest.approx(np.mean(norms), rel=1e-4)
+    plain = Oracle(spec).gradient(shifted)
+    for name, gradient in expected.items():
+        difference = (found["gradient"][name] - gradient).norm()
+        assert difference <= 1e-3 * gradient.norm(), f"{name}: {difference / gradient.norm()}"
+        assert (plain[name] - gradient).norm() > 1e-2 * gradient.norm(), name
 
 
 def test_fresh_samples_have_ratio_one(runs) -> None:
     """Pitfalls 10 and 22: sampler and learner agree, so nothing is clipped."""
-    for run in runs.values():
-        metrics = run["metrics"]
+    for key in SPLITS:
+        metrics = runs[key]["metrics"]
         assert metrics["mismatch/max"] < 1e-5
         assert metrics["grpo/ratio_mean"] == pytest.approx(1, abs=1e-6)
         assert metrics["grpo/clip_fraction"] == 0
