@@ -15,7 +15,7 @@ from rl_system.k8s.manifests import render
 from rl_system.k8s.schemas import Schemas
 
 pytestmark = [
-    pytest.mark.unit,
+    pytest.mark.engine,  # each of them runs kubectl
     pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl renders the overlays"),
 ]
 
