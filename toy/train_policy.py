@@ -76,7 +76,7 @@ def train(
             group["lr"] = PEAK_LR * min(progress / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * progress))
         optimizer.zero_grad()
         losses = [_loss(model, table, *next(stream)) for stream in streams]
-        sum(losses).backward()
+        torch.stack(losses).sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         recent.append([loss.item() for loss in losses])

@@ -204,7 +204,7 @@ def optimise(
     for step in range(1, steps + 1):
         losses = losses_of()
         optimizer.zero_grad()
-        sum(losses).backward()
+        torch.stack(losses).sum().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
