@@ -20,7 +20,7 @@ from vlcot.metrics import METRICS
 
 REALSR = Path(os.environ.get("REALSR", "/work/shared/data/realsr"))
 NAMES = ("astronaut", "cat", "coffee")
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.engine  # runs the command, with processes of its own
 
 
 def bicubic(reference: Image.Image) -> Image.Image:

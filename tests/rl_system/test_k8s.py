@@ -21,7 +21,7 @@ from rl_system.k8s.placement import Group, Request, training_requests, unplaced,
 from rl_system.k8s.schemas import Schemas
 
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl renders the overlays")
-pytestmark = [pytest.mark.unit, needs_kubectl]
+pytestmark = [pytest.mark.engine, needs_kubectl]
 
 K8S = CONFIG_DIR.parent / "k8s"
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())

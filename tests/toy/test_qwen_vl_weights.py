@@ -13,9 +13,8 @@ from reward_servers.expert_chat import SCORE_NAMES, ExpertPrompt, write_answer
 from toy.expert_quality import held_out_figures
 from toy.qwen_vl_checkpoint import TOKENS_PER_IMAGE, TOY_PROMPT, WEIGHTS
 
-pytestmark = pytest.mark.unit
 
-
+@pytest.mark.unit
 def test_files_are_small_and_complete() -> None:
     weights = load_file(WEIGHTS / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
@@ -24,6 +23,7 @@ def test_files_are_small_and_complete() -> None:
     assert ExpertPrompt.of_checkpoint(WEIGHTS) == TOY_PROMPT
 
 
+@pytest.mark.unit
 def test_each_score_is_one_token_and_an_image_sixteen() -> None:
     processor = AutoProcessor.from_pretrained(WEIGHTS)
     for count in (1, 8):
