@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -93,12 +92,19 @@ def seconds(problem: Problem, head: Head) -> float:
 
 
 def peak_bytes(hidden: int, side: str) -> int:
-    """Rise of the process's peak memory in a forward and backward, less the two gradients, which both sides need."""
+    """Rise of the process's memory in a forward and backward, less the two gradients, which both sides need."""
     problem = Problem(hidden)
     copies = 2 * (problem.hidden.nbytes + problem.weight.nbytes)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = _memory("VmRSS")
     gradients(problem, getattr(problem, side))
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) - copies
+    return _memory("VmHWM") - before - copies
+
+
+def _memory(field: str) -> int:
+    """Bytes, from /proc/self/status (getrusage would also count the peak of the process that started this one)."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def run(hidden: int, rounds: int) -> dict[str, float | int | str]:
