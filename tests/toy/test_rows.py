@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -49,18 +48,6 @@ def test_targets_are_the_crop_at_a_quarter_half_and_full_size() -> None:
     assert [t.shape[0] for t in (coarse, middle, full)] == list(LAYOUT.image_sizes)
     assert np.array_equal(full, r.hq)
     assert np.array_equal(coarse[0, 0], np.rint(r.hq[:4, :4].reshape(-1, 3).mean(axis=0)))
-
-
-def test_a_core_makes_more_than_60_rows_a_second() -> None:
-    """190 a second alone; the best of several rounds, because neighbours on the machine share its caches."""
-    row(0, "train")
-    rounds = []
-    for start in range(0, 80, 16):
-        started = time.process_time()
-        for index in range(start, start + 16):
-            row(index, "train")
-        rounds.append(time.process_time() - started)
-    assert min(rounds) < 16 / 60
 
 
 def test_rows_need_no_transformers() -> None:
