@@ -12,7 +12,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from reward_servers.contract import Judgement
 from reward_servers.expert_chat import MAX_SCORE, SCORE_NAMES, chat, parse_answer, write_answer
-from toy.judged_images import CORRUPTIONS, DEGRADATIONS, JudgedGroup, enlarge, graded_group, judged_group
+from toy.judged_images import CORRUPTIONS, JudgedGroup, enlarge, graded_group, judged_group
 from toy.qwen_vl_checkpoint import TOY_PROMPT
 from vlcot.rewards import ExpertWeights
 
@@ -26,9 +26,7 @@ class ExpertFigures:
     """Spearman rank correlations of the weighted mean score, and mean scores (0..10) of pictures without content.
 
     Attributes:
-        severity: with the severity of the degradation, over all images of `DEGRADATIONS` (negative: worse images
-            score lower).
-        severity_of_codes: with the share of wrong codes, over the other images.
+        severity: with the corruption's severity, over all images (negative: worse images score lower).
         psnr: with PSNR to the ground truth, over all images.
         psnr_within: mean over groups of the correlation with PSNR inside the group.
         weak_psnr_within: the same, for images of 14 to 24 dB only.
@@ -36,7 +34,6 @@ class ExpertFigures:
     """
 
     severity: float
-    severity_of_codes: float
     psnr: float
     psnr_within: float
     weak_psnr_within: float
@@ -70,13 +67,10 @@ def expert_figures(
 ) -> ExpertFigures:
     """Figures from groups and the expert's weighted scores of their images."""
     scores, psnr = np.concatenate(graded_scores), np.concatenate([g.psnr for g in graded])
-    severity = np.concatenate([g.severity for g in graded])
-    degraded = np.isin(np.concatenate([g.kinds for g in graded]), DEGRADATIONS)
     kinds = np.concatenate([g.kinds for g in mixed])
     mixed_all = np.concatenate(mixed_scores)
     return ExpertFigures(
-        severity=_spearman(scores[degraded], severity[degraded]),
-        severity_of_codes=_spearman(scores[~degraded], severity[~degraded]),
+        severity=_spearman(scores, np.concatenate([g.severity for g in graded])),
         psnr=_spearman(scores, psnr),
         psnr_within=_within(graded + mixed, graded_scores + mixed_scores, (0, 60)),
         weak_psnr_within=_within(graded + mixed, graded_scores + mixed_scores, (14, 24)),

@@ -135,10 +135,6 @@ CORRUPTIONS: dict[str, Corruption] = {
 }
 
 
-DEGRADATIONS = tuple(kind for kind in CORRUPTIONS if kind != "codes")
-"""What happens to photographs; `codes` is what happens to a policy."""
-
-
 def judged_group(index: int, split: Split, size: int, seed: int = 0) -> JudgedGroup:
     """Group number `index` of a split: the same arguments always give the same group.
 
