@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -14,12 +17,14 @@ class DetectedObject:
         score: detection confidence in [0, 1].
         box: x0, y0, x1, y1 in pixels of the image that was sent.
         mask_area: share of the image that the mask covers, in [0, 1].
+        mask: bool [H, W], only where masks were asked for.
     """
 
     name: str
     score: float
     box: tuple[float, float, float, float]
     mask_area: float
+    mask: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,35 @@ class Detection:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The visual expert's scores of one image of a group, 0 (worst) to 10 (best)."""
+    """The visual expert's scores of one image of a group, 0 (worst) to 10 (best), and its reason in a few words."""
 
     quality: float
     realism: float
     consistency: float
+    rationale: str = ""
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Three descriptions of an image, each with more detail than the one before."""
+
+    coarse: str
+    middle: str
+    fine: str
+
+
+@dataclass(frozen=True)
+class Tags:
+    """Names of the objects in an image, lower case, the most important one first."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Metrics of the images of one request: metric name -> one finite value per image, in their order."""
+
+    values: Mapping[str, tuple[float, ...]]
 
 
 class RewardServerError(RuntimeError):
