@@ -6,9 +6,11 @@ see :data:`vlcot.groups.Score`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from vlcot.degradation.text import fraction_correct
 from vlcot.groups import Absent, Failed, Score, Scored
@@ -17,6 +19,28 @@ from vlcot.sequence import ParsedChain
 COMPONENTS = ("format", "degradation", "understanding", "generation")
 EXPERT_SCALE = 10.0
 """Upper end of each score that the visual expert gives."""
+
+METRIC_EXPERTS = MappingProxyType(
+    {
+        "perceptual": ("LPIPS", "DISTS", "PSNR", "SSIM"),
+        "generative": ("MUSIQ", "MANIQA", "CLIPIQA", "TOPIQ"),
+    }
+)
+"""The paper's ablation of the visual expert: the metrics that take its place."""
+
+METRIC_RANGES = MappingProxyType(
+    {
+        "PSNR": (0.0, 50.0),
+        "SSIM": (0.0, 1.0),
+        "LPIPS": (1.0, 0.0),
+        "DISTS": (1.0, 0.0),
+        "MUSIQ": (0.0, 100.0),
+        "MANIQA": (0.0, 1.0),
+        "CLIPIQA": (0.0, 1.0),
+        "TOPIQ": (0.0, 1.0),
+    }
+)
+"""Metric -> the value that counts as 0 and the value that counts as 1; see :func:`metrics_reward`."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +97,33 @@ def generation_reward(scores: Mapping[str, float], weights: ExpertWeights) -> Sc
     parts = {name: float(scores[name]) / EXPERT_SCALE for name in ("quality", "realism", "consistency")}
     value = sum(getattr(weights, name) * part for name, part in parts.items())
     return Scored(value, {name: float(scores[name]) for name in parts})
+
+
+def metrics_reward(values: Mapping[str, float]) -> Scored:
+    """Mean over the metrics, each mapped linearly onto [0, 1] by :data:`METRIC_RANGES` and cut off there.
+
+    The paper names the metrics of its two ablation experts and not how they become a reward. For ``generative`` this
+    is what the authors' released code does (MUSIQ / 100, the others as they are, the mean of the four). ``perceptual``
+    follows it: LPIPS and DISTS count as one minus their value, and PSNR is divided by 50 dB, the most that matters in
+    8 bits (images that differ by one grey level everywhere have 48 dB); no metric is weighted.
+
+    Args:
+        values: metric name -> value; the detail of the result.
+
+    Raises:
+        ValueError: no metric, one without a range, or a value that is not finite.
+    """
+    if not values:
+        raise ValueError("a reward needs at least one metric")
+    parts = []
+    for name, value in values.items():
+        if name not in METRIC_RANGES:
+            raise ValueError(f"{name} has no range; there are {', '.join(METRIC_RANGES)}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}; a reward needs a finite value")
+        worst, best = METRIC_RANGES[name]
+        parts.append(min(1.0, max(0.0, (value - worst) / (best - worst))))
+    return Scored(math.fsum(parts) / len(parts), dict(values))
 
 
 def total_reward(scores: Mapping[str, Score], weights: RewardWeights) -> float | None:

@@ -80,7 +80,7 @@ def _positive(text: str) -> int:
 def _evaluate(options: argparse.Namespace) -> None:
     from rl_system.studies.evaluate import images, output, scoring, tables
     from vlcot.metric_weights import find
-    from vlcot.metrics import METRICS
+    from vlcot.metrics import METRICS, missing_weights
 
     _check(options, tuple(METRICS))
     chosen = [name for name in METRICS if options.metrics is None or name in options.metrics]
@@ -88,8 +88,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     rows = {d.name: [m for m in tables.rows_of(d.references is not None) if m in chosen] for d in data_sets}
     wanted = [name for name in chosen if any(name in metrics for metrics in rows.values())]
     weights = find((file for name in wanted for file in METRICS[name].weights), options.weights)
-    lacking = {name: [file for file in METRICS[name].weights if file not in weights] for name in wanted}
-    missing = {name: files for name, files in lacking.items() if files}
+    missing = missing_weights(wanted, weights)
     used = {file: weights[file] for name in wanted if name not in missing for file in METRICS[name].weights}
     if len(missing) == len(wanted):
         why = [f"{name}: {', '.join(files)} missing" for name, files in missing.items()]
