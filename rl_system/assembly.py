@@ -5,35 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from actors.nodes import offered, said
 from actors.spec import RolloutSpec
 from learners.spec import LearnerSpec
-from reward_servers.client import GROUNDED_SAM, IQA, QWEN_VL, RewardClient
+from reward_servers.client import GROUNDED_SAM, QWEN_VL
 from reward_servers.deploy import RewardAppSpec
 from reward_servers.detection import MainRule
 from reward_servers.grounded_sam import GroundedSamConfig
-from reward_servers.iqa import IqaConfig
-from reward_servers.policies import MinViableGroup
 from reward_servers.qwen_vl import VisualExpertConfig
 from rl_system.config.schema import (
     AutoscalingConfig,
     GroundedSamServerConfig,
-    IqaServerConfig,
     TrainConfig,
     VisualExpertServerConfig,
 )
-from rl_system.config.servers import servers
 from rl_system.coordination.coordinator import Plan
-from rl_system.coordination.experts import Expert, MetricExpert, VisualExpert
-from rl_system.coordination.scoring import Scorer
+from rl_system.coordination.scoring import MinViableGroup
 from rl_system.data.rows import ImageFolder, RowSource, ToyPhotographs
 from vlcot.grpo import AdvantageConfig, LossConfig
 from vlcot.policy.family import Family
-from vlcot.rewards import METRIC_EXPERTS, ExpertWeights, RewardWeights
-
-ServerConfig: TypeAlias = GroundedSamServerConfig | VisualExpertServerConfig | IqaServerConfig
 
 
 @dataclass(frozen=True)
@@ -161,51 +153,12 @@ def expert_app(config: TrainConfig) -> RewardAppSpec:
     )
 
 
-def iqa_config(config: TrainConfig) -> IqaConfig:
-    """Settings of the metrics server: the expert's metrics, or those of them that were chosen."""
-    iqa = config.reward.iqa
-    return IqaConfig(
-        metrics=tuple(iqa.metrics) or METRIC_EXPERTS[config.reward.expert],
-        weights_dir=iqa.weights_dir,
-        device="cuda" if iqa.num_gpus else "cpu",
-        threads=iqa.threads,
-    )
-
-
-def iqa_app(config: TrainConfig) -> RewardAppSpec:
-    """How the metrics server runs."""
-    iqa = config.reward.iqa
-    return RewardAppSpec(
-        IQA,
-        num_replicas=iqa.replicas,
-        autoscaling=_autoscaling(iqa.autoscaling),
-        ray_actor_options=_replica_options(iqa),
-    )
-
-
-def reward_apps(config: TrainConfig) -> dict[str, RewardAppSpec]:
-    """How each reward server that the run asks is to run, by name."""
-    specs = {GROUNDED_SAM: detector_app, QWEN_VL: expert_app, IQA: iqa_app}
-    return {name: specs[name](config) for name in servers(config)}
-
-
-def scorer(config: TrainConfig, client: RewardClient) -> Scorer:
-    """The rewards of the run, asked for through ``client``."""
-    reward = config.reward
-    expert: Expert
-    if reward.expert in METRIC_EXPERTS:
-        expert = MetricExpert(client, iqa_config(config).metrics, with_truth=reward.expert == "perceptual")
-    else:
-        expert = VisualExpert(client, ExpertWeights(**vars(reward.expert_weights)))
-    return Scorer(client, RewardWeights(**vars(reward.weights)), expert)
-
-
 def _autoscaling(scaling: AutoscalingConfig) -> dict[str, Any] | None:
     """As Serve takes it; None: a fixed number of replicas."""
     return None if scaling.max_replicas is None else asdict(scaling)
 
 
-def _replica_options(server: ServerConfig) -> dict[str, Any]:
+def _replica_options(server: GroundedSamServerConfig | VisualExpertServerConfig) -> dict[str, Any]:
     return {
         "num_cpus": server.num_cpus,
         "num_gpus": server.num_gpus,
@@ -243,11 +196,12 @@ def demands(config: TrainConfig) -> list[Demand]:
     return [
         Demand("rollout.actors", rollout.actors, rollout.num_cpus, rollout.num_gpus, rollout.labels),
         Demand("learner.ranks", learner.ranks, learner.num_cpus, float(learner.use_gpu), learner.labels),
-        *(_server_demand(f"reward.{name}", getattr(config.reward, name)) for name in servers(config)),
+        _server_demand("reward.grounded_sam", config.reward.grounded_sam),
+        _server_demand("reward.qwen_vl", config.reward.qwen_vl),
     ]
 
 
-def _server_demand(key: str, server: ServerConfig) -> Demand:
+def _server_demand(key: str, server: GroundedSamServerConfig | VisualExpertServerConfig) -> Demand:
     scaling = server.autoscaling
     setting, count = (
         ("replicas", server.replicas)

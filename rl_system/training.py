@@ -34,6 +34,7 @@ from rl_system.runs.sinks import MetricSink
 from rl_system.runs.summary import build_summary
 from rl_system.runs.timeline import TimelineEvent, TimelineWriter
 from vlcot.policy.family import Family
+from vlcot.rewards import ExpertWeights, RewardWeights
 from vlcot.tokenizer.image import ImageTokenizer
 from vlcot.weights import checksums
 
@@ -121,10 +122,11 @@ class TrainingRun:
         client = RewardClient(
             sam, expert, config.reward.timeout_s, settings=repr(assembly.detector_config(config)), seed=config.seed
         )
+        weights = RewardWeights(**vars(config.reward.weights))
         self._facts.engines["rollout"] = pool.ready_info()
         self._facts.engines["grounded_sam"] = await sam.ready.remote()
         self._facts.engines["qwen_vl"] = await expert.ready.remote()
-        return pool, assembly.scorer(config, client)
+        return pool, Scorer(client, weights, ExpertWeights(**vars(config.reward.expert_weights)))
 
     def _start_learner(self, queue: Any, pool: RolloutPool) -> LearnerGroup:
         config = self._config

@@ -51,8 +51,6 @@ class Prompt:
         ids: int32 [P] prompt ids.
         lr_image: uint8 [H, W, 3] RGB, as it was taken (before up-scaling for the policy).
         degradation: true description of the degradation.
-        truth: uint8 [S, S, 3] RGB ground truth for metrics that compare with it, None where there is none; only the
-            scorer may look at it.
     """
 
     group_id: str
@@ -61,7 +59,6 @@ class Prompt:
     ids: np.ndarray
     lr_image: np.ndarray
     degradation: str
-    truth: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,8 @@ import re
 from pathlib import Path
 
 from rl_system.config.schema import AutoscalingConfig, TrainConfig
-from rl_system.config.servers import EXPERTS, checkpoints, servers
 from vlcot.policy.family import Family
-from vlcot.rewards import METRIC_EXPERTS, ExpertWeights
-
-_SERVERS = ("grounded_sam", "qwen_vl", "iqa")
+from vlcot.rewards import ExpertWeights
 
 _NAME = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
 _KEY = re.compile(rf"([a-z0-9]([a-z0-9.-]{{0,251}}[a-z0-9])?/)?{_NAME}")
@@ -26,10 +23,9 @@ def check(config: TrainConfig) -> None:
     _check_numbers(config)
     _check_choices(config)
     _check_labels(config)
-    for name in _SERVERS:
-        _check_autoscaling(f"reward.{name}.autoscaling", getattr(config.reward, name).autoscaling)
+    _check_autoscaling("reward.grounded_sam.autoscaling", config.reward.grounded_sam.autoscaling)
+    _check_autoscaling("reward.qwen_vl.autoscaling", config.reward.qwen_vl.autoscaling)
     ExpertWeights(**vars(config.reward.expert_weights))
-    _check_expert(config)
     _check_checkpoints(config)
 
 
@@ -46,7 +42,8 @@ def _check_numbers(config: TrainConfig) -> None:
         "coordination.max_staleness": (config.coordination.max_staleness, 0),
         "evaluation.prompts": (config.evaluation.prompts, 2),
         "data.train_rows": (config.data.train_rows, 1),
-        **{f"reward.{name}.replicas": (getattr(config.reward, name).replicas, 1) for name in _SERVERS},
+        "reward.grounded_sam.replicas": (config.reward.grounded_sam.replicas, 1),
+        "reward.qwen_vl.replicas": (config.reward.qwen_vl.replicas, 1),
     }
     for key, (value, low) in at_least.items():
         if value < low:
@@ -63,8 +60,6 @@ def _check_numbers(config: TrainConfig) -> None:
     for name, weight in vars(config.reward.weights).items():
         if weight < 0:
             raise ValueError(f"reward.weights.{name}={weight:g} must not be negative")
-    if not any(vars(config.reward.weights).values()):
-        raise ValueError("reward.weights switches every reward off; at least one weight must be positive")
 
 
 def _check_choices(config: TrainConfig) -> None:
@@ -75,7 +70,6 @@ def _check_choices(config: TrainConfig) -> None:
         "grpo.advantage_std": (config.grpo.advantage_std, ("unbiased", "population", "none")),
         "rollout.dtype": (config.rollout.dtype, ("float32", "bfloat16")),
         "learner.dtype": (config.learner.dtype, ("float32", "bfloat16")),
-        "reward.expert": (config.reward.expert, tuple(EXPERTS)),
         "data.source": (config.data.source, ("toy_photographs", "folder")),
         "cluster.address": (config.cluster.address, ("local", "auto")),
     }
@@ -88,7 +82,8 @@ def _check_labels(config: TrainConfig) -> None:
     labels_of = {
         "rollout": config.rollout.labels,
         "learner": config.learner.labels,
-        **{f"reward.{name}": getattr(config.reward, name).labels for name in _SERVERS},
+        "reward.grounded_sam": config.reward.grounded_sam.labels,
+        "reward.qwen_vl": config.reward.qwen_vl.labels,
     }
     for pool, labels in labels_of.items():
         for key, value in labels.items():
@@ -118,32 +113,15 @@ def _check_autoscaling(key: str, scaling: AutoscalingConfig) -> None:
             raise ValueError(f"{key}.{name}={getattr(scaling, name):g} must not be negative")
 
 
-def _check_expert(config: TrainConfig) -> None:
-    expert, iqa = config.reward.expert, config.reward.iqa
-    if expert not in METRIC_EXPERTS:
-        if iqa.metrics:
-            raise ValueError(
-                f"reward.iqa.metrics={list(iqa.metrics)} has no meaning with reward.expert={expert}; "
-                f"metrics are for reward.expert={' | '.join(METRIC_EXPERTS)}"
-            )
-        return
-    allowed = METRIC_EXPERTS[expert]
-    if not set(iqa.metrics) <= set(allowed) or len(set(iqa.metrics)) < len(iqa.metrics):
-        raise ValueError(
-            f"reward.iqa.metrics={list(iqa.metrics)} must be some of {', '.join(allowed)}, the metrics of "
-            f"reward.expert={expert}, each once"
-        )
-    if "iqa" in servers(config):
-        from reward_servers.iqa import IqaConfig, find_weights
-
-        try:
-            find_weights(IqaConfig(tuple(iqa.metrics) or allowed, iqa.weights_dir))
-        except ValueError as error:
-            raise ValueError(f"reward.{error}; reward.iqa.metrics may leave metrics out") from None
-
-
 def _check_checkpoints(config: TrainConfig) -> None:
-    for key, directory in checkpoints(config).items():
+    directories = {
+        "policy.path": config.policy.path,
+        "policy.image_tokenizer": config.policy.image_tokenizer,
+        "reward.grounded_sam.detector": config.reward.grounded_sam.detector,
+        "reward.grounded_sam.segmenter": config.reward.grounded_sam.segmenter,
+        "reward.qwen_vl.model": config.reward.qwen_vl.model,
+    }
+    for key, directory in directories.items():
         path = Path(directory)
         if not (path / "config.json").is_file():
             raise ValueError(f"{key}={directory}: no checkpoint there ({path.resolve()}/config.json does not exist)")

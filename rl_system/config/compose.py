@@ -65,7 +65,7 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
 
 def _make_paths_absolute(config: TrainConfig) -> None:
     """Worker processes have working directories of their own."""
-    sam, expert, iqa = config.reward.grounded_sam, config.reward.qwen_vl, config.reward.iqa
+    sam, expert = config.reward.grounded_sam, config.reward.qwen_vl
     for owner, name in (
         (config, "output_dir"),
         (config.policy, "path"),
@@ -74,7 +74,6 @@ def _make_paths_absolute(config: TrainConfig) -> None:
         (sam, "detector"),
         (sam, "segmenter"),
         (expert, "model"),
-        (iqa, "weights_dir"),
     ):
         if value := getattr(owner, name):
             setattr(owner, name, str(Path(value).resolve()))

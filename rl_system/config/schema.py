@@ -102,7 +102,7 @@ class GrpoConfig:
 
 @dataclass
 class RewardWeightsConfig:
-    """Weights of the four rewards in the total; 0 switches one off, and the server that it alone needs."""
+    """Weights of the four rewards in the total; 0 switches one off."""
 
     format: float = 1.0
     degradation: float = 1.0
@@ -178,35 +178,13 @@ class VisualExpertServerConfig:
 
 
 @dataclass
-class IqaServerConfig:
-    """The image-quality metrics application, for the experts ``perceptual`` and ``generative``."""
-
-    metrics: list[str] = field(default_factory=list)
-    """Some of the expert's metrics; empty: all of them."""
-    weights_dir: str | None = None
-    """Folder with the metrics' weight files (docs/evaluate.md); torch's hub folder is searched too. Nothing is
-    downloaded: a metric without its weights is refused."""
-    replicas: int = 1
-    autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
-    num_cpus: float = 1
-    num_gpus: float = 0
-    threads: int = 1
-    labels: dict[str, str] = field(default_factory=dict)
-    """Ray labels of the nodes that may hold a replica; empty: any node."""
-
-
-@dataclass
 class RewardConfig:
     """Rewards and their servers."""
 
     weights: RewardWeightsConfig = field(default_factory=RewardWeightsConfig)
-    expert: str = "qwen_vl"
-    """Who gives the generation reward: qwen_vl, or the paper's ablations of it: ``perceptual`` (LPIPS, DISTS, PSNR,
-    SSIM against the ground truth) and ``generative`` (MUSIQ, MANIQA, CLIPIQA, TOPIQ)."""
     expert_weights: ExpertWeightsConfig = field(default_factory=ExpertWeightsConfig)
     grounded_sam: GroundedSamServerConfig = field(default_factory=GroundedSamServerConfig)
     qwen_vl: VisualExpertServerConfig = field(default_factory=VisualExpertServerConfig)
-    iqa: IqaServerConfig = field(default_factory=IqaServerConfig)
     min_viable_share: float = 0.75
     """A group with fewer scored samples than this share is dropped."""
     timeout_s: float = 120

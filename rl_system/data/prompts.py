@@ -30,7 +30,7 @@ class PromptBuilder:
         """The prompt of ``row``."""
         full = upscale_for_policy(row.lr, self._size)
         ids = self._builder.prompt(self._instruction, self._tokenizer.encode(full[None])[0].numpy())
-        return Prompt(group_id, row.row_id, seed, ids, row.lr, row.degradation, row.hq)
+        return Prompt(group_id, row.row_id, seed, ids, row.lr, row.degradation)
 
 
 def training_prompts(source: RowSource, builder: PromptBuilder, rows: int, seed: int) -> Iterator[Prompt]:

@@ -18,15 +18,12 @@ import yaml
 
 from rl_system.config.compose import ConfigError, compose_config
 from rl_system.config.schema import TrainConfig
-from rl_system.config.servers import checkpoints
 from rl_system.k8s.manifests import Manifest, Problem, RayClusterSpec, clusters, settings
 
 TRAIN = ["python", "-m", "rl_system", "train"]
 ENTRYPOINT = "rl-system/entrypoint"
 MOUNTS = {"runs": "/runs", "models": "/models"}
-POOL_OF_APP = {"grounded_sam": "reward-sam", "qwen_vl": "reward-vlm", "iqa": "reward-vlm"}
-"""The metrics server takes the place of the visual expert, never a place beside it."""
-
+POOL_OF_APP = {"grounded_sam": "reward-sam", "qwen_vl": "reward-vlm"}
 SETTING_OF = {"CPU": "cpu", "GPU": "gpus"}
 
 
@@ -69,7 +66,7 @@ def problems(manifests: list[Manifest]) -> Iterator[Problem]:
         bounds = ("max",) if cluster.manifest.kind == "RayService" else ("min", "max")
         try:
             wanted = {bound: _wanted(cluster.manifest, bound) for bound in bounds}
-        except ValueError as error:
+        except ConfigError as error:
             yield cluster.manifest.problem("the run", str(error), f"correct it in {_file(manifests)}")
             continue
         if cluster.manifest.kind != "RayService":
@@ -101,7 +98,7 @@ def training_requests(config: TrainConfig, bound: str) -> list[Request]:
         Request("learner rank", "learner", learner.ranks, ranks, learner.labels),
         *(
             _app_request(app, (app.autoscaling or {}).get(f"{bound}_replicas", app.num_replicas))
-            for app in assembly.reward_apps(config).values()
+            for app in (assembly.detector_app(config), assembly.expert_app(config))
         ),
     ]
 
@@ -186,7 +183,14 @@ def _paths(manifest: Manifest, config: TrainConfig) -> Iterator[Problem]:
     if not config.output_dir.startswith(MOUNTS["runs"]):
         fix = f"set output_dir={MOUNTS['runs']}"
         yield manifest.problem("entrypoint", f"output_dir={config.output_dir} is lost with the pod", fix)
-    read = checkpoints(config) | {"reward.iqa.weights_dir": config.reward.iqa.weights_dir or ""}
+    sam, expert = config.reward.grounded_sam, config.reward.qwen_vl
+    read = {
+        "policy.path": config.policy.path,
+        "policy.image_tokenizer": config.policy.image_tokenizer,
+        "reward.grounded_sam.detector": sam.detector,
+        "reward.grounded_sam.segmenter": sam.segmenter,
+        "reward.qwen_vl.model": expert.model,
+    }
     for key, path in read.items():
         if Path(path).is_absolute() and not path.startswith(tuple(f"{m}/" for m in MOUNTS.values())):
             fix = f"put it under {' or '.join(MOUNTS.values())}, or give a path inside the image"
@@ -196,7 +200,7 @@ def _paths(manifest: Manifest, config: TrainConfig) -> Iterator[Problem]:
 def _service_requests(manifest: Manifest) -> list[Request]:
     from rl_system import assembly
 
-    config_of = {"grounded_sam": assembly.detector_app, "qwen_vl": assembly.expert_app, "iqa": assembly.iqa_app}
+    config_of = {"grounded_sam": assembly.detector_app, "qwen_vl": assembly.expert_app}
     wanted = []
     for app in _serve_config(manifest)["applications"]:
         if app["name"] not in config_of:
