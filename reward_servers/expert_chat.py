@@ -153,7 +153,7 @@ def in_sent_order(judgements: Sequence[Judgement], order: Sequence[int]) -> list
 def average(rounds: Sequence[Sequence[Judgement]]) -> list[Judgement]:
     """Mean judgement per image over several rounds, all in the same image order."""
     means = np.mean([[[getattr(j, name) for name in SCORE_NAMES] for j in judged] for judged in rounds], axis=0)
-    return [Judgement(*(float(value) for value in row)) for row in means]
+    return [Judgement(float(quality), float(realism), float(consistency)) for quality, realism, consistency in means]
 
 
 def _judgement(entry: object, text: str) -> Judgement:
@@ -163,7 +163,8 @@ def _judgement(entry: object, text: str) -> Judgement:
         # bool is an int for Python; true is no score.
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_SCORE:
             raise RewardServerError(f"the expert's {name} is {value!r}, not an integer from 0 to {MAX_SCORE}")
-    return Judgement(**{name: float(entry[name]) for name in SCORE_NAMES})
+    quality, realism, consistency = (float(entry[name]) for name in SCORE_NAMES)
+    return Judgement(quality, realism, consistency)
 
 
 def _excerpt(text: str, length: int = 200) -> str:
