@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -12,6 +13,9 @@ from reward_servers.contract import DetectedObject
 
 DELIMITERS = ".?"
 """GroundingDINO ends a phrase at these; a name cannot hold them."""
+
+COMMON = "common"
+"""Stands for the shipped vocabulary, ``vocabularies/common_objects.txt``."""
 
 
 @dataclass(frozen=True)
@@ -33,33 +37,60 @@ class MainRule:
 
     def __post_init__(self) -> None:
         for name in ("min_area", "min_score"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"grounded_sam.main.{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.max_count < 1:
-            raise ValueError(f"grounded_sam.main.max_count must be at least 1, got {self.max_count}")
+            check_share(f"grounded_sam.main.{name}", getattr(self, name))
+        check_count("grounded_sam.main.max_count", self.max_count)
+
+
+def check_share(where: str, value: object) -> None:
+    """Raises ValueError unless ``value`` is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise ValueError(f"{where} must lie in [0, 1], got {value!r}")
+
+
+def check_count(where: str, value: object) -> None:
+    """Raises ValueError unless ``value`` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{where} must be a whole number of at least 1, got {value!r}")
 
 
 def load_vocabulary(source: Sequence[str] | str | Path) -> tuple[str, ...]:
-    """Names to look for, lower case, without repetitions, in their order.
+    """Names to look for, as :func:`clean_names` leaves them.
 
     Args:
-        source: the names, or the path of a UTF-8 file with one name a line.
+        source: the names, ``common`` (:data:`COMMON`), or the path of a UTF-8 file with one name a line.
 
     Raises:
-        ValueError: the file cannot be read, no name is left, or a name holds a delimiter.
+        ValueError: the file cannot be read, or as :func:`clean_names`.
     """
-    if isinstance(source, str | Path):
-        try:
-            source = Path(source).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"grounded_sam.vocabulary: cannot read {source}: {error}") from error
-    names = tuple(dict.fromkeys(" ".join(name.lower().split()) for name in source if name.strip()))
-    if not names:
-        raise ValueError("grounded_sam.vocabulary holds no name")
-    for name in names:
+    where = "grounded_sam.vocabulary"
+    if not isinstance(source, str | Path):
+        return clean_names(source, where)
+    path = resources.files("reward_servers") / "vocabularies/common_objects.txt" if source == COMMON else Path(source)
+    try:
+        return clean_names(path.read_text(encoding="utf-8").splitlines(), where)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where}: cannot read {source}: {error}") from error
+
+
+def clean_names(names: Sequence[str], where: str) -> tuple[str, ...]:
+    """Names in lower case, single spaces, without repetitions, in their order.
+
+    Args:
+        names: as given; blank ones are left out.
+        where: what the names are, for the error.
+
+    Raises:
+        ValueError: no list of strings, no name is left, or a name holds a delimiter.
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{where} must be a list of names, got {names!r}")
+    cleaned = tuple(dict.fromkeys(" ".join(name.lower().split()) for name in names if name.strip()))
+    if not cleaned:
+        raise ValueError(f"{where} holds no name")
+    for name in cleaned:
         if any(mark in name for mark in DELIMITERS):
-            raise ValueError(f"grounded_sam.vocabulary: {name!r} holds one of {DELIMITERS!r}, which end a phrase")
-    return names
+            raise ValueError(f"{where}: {name!r} holds one of {DELIMITERS!r}, which end a phrase")
+    return cleaned
 
 
 def prompt_text(names: Sequence[str]) -> str:

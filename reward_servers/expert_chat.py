@@ -5,13 +5,15 @@ consistency. Its prompt and scale are not published (domain facts 4.3), so they 
 0 to 10, the LR image as reference, one JSON object as answer::
 
     {"scores":[{"quality":7,"realism":6,"consistency":8}, ...]}
+
+On request every entry ends with a short rationale.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,12 @@ points off for anything moved, added, removed or recoloured. A different scene g
 Use the whole range, and give equal scores only to attempts that you cannot tell apart. Answer with JSON only, one \
 entry for each attempt in the order shown: {"scores":[{"quality":7,"realism":6,"consistency":8}]}"""
 
+MAX_RATIONALE = 200
+"""Characters of a rationale."""
+
+_RATIONALE = """Add to every entry, after its scores, a "rationale": what decided them, in at most 20 words, as in \
+{"scores":[{"quality":7,"realism":6,"consistency":8,"rationale":"leaves are sharp, the sky is smeared"}]}"""
+
 
 @dataclass(frozen=True)
 class ExpertPrompt:
@@ -46,11 +54,18 @@ class ExpertPrompt:
         rubric: the question; ``{count}`` becomes the number of restorations.
         reference_label: text before the LR image, may be empty.
         image_label: text before each restoration, ``{index}`` counts from 1; may be empty.
+        rationale: asked after the rubric where a rationale is wanted.
     """
 
     rubric: str = _RUBRIC
     reference_label: str = "Reference:"
     image_label: str = "Attempt {index}:"
+    rationale: str = _RATIONALE
+
+    def __post_init__(self) -> None:
+        for part in fields(self):
+            if not isinstance(getattr(self, part.name), str):
+                raise ValueError(f"qwen_vl.prompt.{part.name} must be text, got {getattr(self, part.name)!r}")
 
     @classmethod
     def of_checkpoint(cls, folder: str | Path) -> ExpertPrompt:
@@ -64,7 +79,7 @@ class ExpertPrompt:
             return cls()
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path} must hold a JSON object with keys of ExpertPrompt: {error}") from error
 
     def save(self, folder: str | Path) -> None:
@@ -73,7 +88,7 @@ class ExpertPrompt:
         (Path(folder) / PROMPT_FILE).write_text(text, encoding="utf-8")
 
 
-def chat(prompt: ExpertPrompt, count: int) -> list[dict[str, Any]]:
+def chat(prompt: ExpertPrompt, count: int, rationale: bool = False) -> list[dict[str, Any]]:
     """Messages for the processor's chat template: reference image, ``count`` restorations, rubric."""
     labels = [prompt.reference_label]
     labels += [prompt.image_label.replace("{index}", str(index)) for index in range(1, count + 1)]
@@ -82,17 +97,21 @@ def chat(prompt: ExpertPrompt, count: int) -> list[dict[str, Any]]:
         if label:
             content.append({"type": "text", "text": label})
         content.append({"type": "image"})
-    content.append({"type": "text", "text": prompt.rubric.replace("{count}", str(count))})
+    question = prompt.rubric.replace("{count}", str(count))
+    content.append({"type": "text", "text": f"{question}\n{prompt.rationale}" if rationale else question})
     return [{"role": "user", "content": content}]
 
 
-def answer_schema(count: int) -> dict[str, Any]:
+def answer_schema(count: int, rationale: bool = False) -> dict[str, Any]:
     """JSON schema that an answer about ``count`` restorations must follow."""
     score = {"type": "integer", "minimum": 0, "maximum": MAX_SCORE}
+    properties: dict[str, Any] = dict.fromkeys(SCORE_NAMES, score)
+    if rationale:
+        properties["rationale"] = {"type": "string", "minLength": 1, "maxLength": MAX_RATIONALE}
     entry = {
         "type": "object",
-        "properties": dict.fromkeys(SCORE_NAMES, score),
-        "required": list(SCORE_NAMES),
+        "properties": properties,
+        "required": list(properties),
         "additionalProperties": False,
     }
     return {
@@ -109,7 +128,13 @@ def write_answer(scores: Sequence[Mapping[str, int]]) -> str:
     return json.dumps({"scores": entries}, separators=(",", ":"))
 
 
-def parse_answer(text: str, count: int) -> list[Judgement]:
+def longest_answer(count: int, rationale: bool = False) -> int:
+    """Characters of the longest answer, which is as many tokens where a model spells it out letter by letter."""
+    scores = write_answer([dict.fromkeys(SCORE_NAMES, MAX_SCORE)] * count)
+    return len(scores) + (count * (len(',"rationale":""') + MAX_RATIONALE) if rationale else 0)
+
+
+def parse_answer(text: str, count: int, rationale: bool = False) -> list[Judgement]:
     """Judgements of ``count`` restorations in the order they were shown.
 
     Raises:
@@ -125,22 +150,22 @@ def parse_answer(text: str, count: int) -> list[Judgement]:
         raise RewardServerError(f"the expert's answer has no list 'scores': {_excerpt(text)}")
     if len(scores) != count:
         raise RewardServerError(f"the expert scored {len(scores)} images of {count}: {_excerpt(text)}")
-    return [_judgement(entry, text) for entry in scores]
+    return [_judgement(entry, text, rationale) for entry in scores]
 
 
 def shown_orders(count: int, rounds: int, seed: int | Sequence[int]) -> list[list[int]]:
     """Orders in which ``rounds`` requests show the restorations: position ``p`` of a round shows image ``order[p]``.
 
-    The first order is random, the others turn it round, so ``count`` rounds show every image once at every position
-    and a preference for a position cancels out of the mean.
+    The first order is random, the others turn it round by equal parts, so a number of rounds that is a multiple of
+    ``count`` shows every image equally often at every position, and a preference for a position cancels out of the
+    mean. Fewer rounds spread an image's positions as far as they go.
     """
     rng = np.random.default_rng(seed)
-    step = max(1, count // rounds)
     orders: list[list[int]] = []
-    for number in range(rounds):
-        if number % count == 0:
-            first = rng.permutation(count)
-        orders.append([int(index) for index in np.roll(first, (number % count) * step)])
+    for start in range(0, rounds, count):
+        turns = min(count, rounds - start)
+        first = rng.permutation(count)
+        orders += [np.roll(first, turn * count // turns).tolist() for turn in range(turns)]
     return orders
 
 
@@ -151,20 +176,30 @@ def in_sent_order(judgements: Sequence[Judgement], order: Sequence[int]) -> list
 
 
 def average(rounds: Sequence[Sequence[Judgement]]) -> list[Judgement]:
-    """Mean judgement per image over several rounds, all in the same image order."""
+    """Mean judgement per image over several rounds, all in the same image order, with the first round's rationale."""
     means = np.mean([[[getattr(j, name) for name in SCORE_NAMES] for j in judged] for judged in rounds], axis=0)
-    return [Judgement(float(quality), float(realism), float(consistency)) for quality, realism, consistency in means]
+    reasons = [judged.rationale for judged in rounds[0]]
+    return [
+        Judgement(float(quality), float(realism), float(consistency), reason)
+        for (quality, realism, consistency), reason in zip(means, reasons, strict=True)
+    ]
 
 
-def _judgement(entry: object, text: str) -> Judgement:
-    if not isinstance(entry, dict) or set(entry) != set(SCORE_NAMES):
-        raise RewardServerError(f"an entry of the expert's answer has other keys than {SCORE_NAMES}: {_excerpt(text)}")
-    for name, value in entry.items():
+def _judgement(entry: object, text: str, rationale: bool) -> Judgement:
+    keys = (*SCORE_NAMES, "rationale") if rationale else SCORE_NAMES
+    if not isinstance(entry, dict) or set(entry) != set(keys):
+        raise RewardServerError(f"an entry of the expert's answer has other keys than {keys}: {_excerpt(text)}")
+    for name in SCORE_NAMES:
+        value = entry[name]
         # bool is an int for Python; true is no score.
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_SCORE:
             raise RewardServerError(f"the expert's {name} is {value!r}, not an integer from 0 to {MAX_SCORE}")
-    quality, realism, consistency = (float(entry[name]) for name in SCORE_NAMES)
-    return Judgement(quality, realism, consistency)
+    reason = entry.get("rationale", "")
+    if not isinstance(reason, str) or len(reason) > MAX_RATIONALE:
+        raise RewardServerError(
+            f"the expert's rationale is no text of up to {MAX_RATIONALE} characters: {reason!r:.200}"
+        )
+    return Judgement(**{name: float(entry[name]) for name in SCORE_NAMES}, rationale=" ".join(reason.split()))
 
 
 def _excerpt(text: str, length: int = 200) -> str:

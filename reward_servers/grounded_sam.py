@@ -1,14 +1,16 @@
 """Grounded-SAM: GroundingDINO finds named objects, SAM measures them.
 
-The published demo takes its names from a tagger (RAM); here they come from a vocabulary. Thresholds and the order of
-the steps are those of IDEA-Research/Grounded-Segment-Anything, ``automatic_label_ram_demo.py``.
+The published demo takes its names from a tagger (RAM); here they come from a vocabulary, or with each image from a
+tagger of the caller's choice. Thresholds and the order of the steps are those of
+IDEA-Research/Grounded-Segment-Anything, ``automatic_label_ram_demo.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,7 +18,10 @@ import torch
 from reward_servers.contract import DetectedObject, Detection, RewardServerError
 from reward_servers.detection import (
     MainRule,
+    check_count,
+    check_share,
     chunk_vocabulary,
+    clean_names,
     load_vocabulary,
     main_objects,
     nms,
@@ -24,6 +29,17 @@ from reward_servers.detection import (
     prompt_text,
     whole_phrase,
 )
+from reward_servers.live_settings import with_settings
+
+DETECTORS = ("grounding-dino", "mm-grounding-dino")
+SEGMENTERS = ("sam", "sam2", "sam2_video")
+"""Model types of ``config.json``. Published Sam2 checkpoints are of type sam2_video and hold the image model too."""
+
+LIVE = ("vocabulary", "box_threshold", "text_threshold", "nms_iou", "main")
+"""Settings that :meth:`GroundedSam.reconfigure` changes."""
+
+Request: TypeAlias = tuple[np.ndarray, bool, Sequence[str] | None]
+"""Image uint8 [H, W, 3], whether its masks are wanted, names to look for (None: the vocabulary)."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +48,8 @@ class GroundedSamConfig:
 
     Attributes:
         detector: directory (or hub name) of a GroundingDino or MM-GroundingDino checkpoint with its processor.
-        segmenter: directory (or hub name) of a Sam checkpoint with its processor.
-        vocabulary: names to look for, or the path of a file with one name a line.
+        segmenter: directory (or hub name) of a Sam or Sam2 checkpoint with its processor.
+        vocabulary: names to look for, ``common`` for the shipped list, or the path of a file with one name a line.
         box_threshold: lowest score of a detection.
         text_threshold: lowest probability of a token that names it.
         nms_iou: of two boxes that overlap more than this the better one is kept, whatever their names.
@@ -44,7 +60,7 @@ class GroundedSamConfig:
 
     detector: str
     segmenter: str
-    vocabulary: tuple[str, ...] | str
+    vocabulary: Sequence[str] | str
     box_threshold: float = 0.25
     text_threshold: float = 0.2
     nms_iou: float = 0.5
@@ -54,10 +70,8 @@ class GroundedSamConfig:
 
     def __post_init__(self) -> None:
         for name in ("box_threshold", "text_threshold", "nms_iou"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"grounded_sam.{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.threads < 1:
-            raise ValueError(f"grounded_sam.threads must be at least 1, got {self.threads}")
+            check_share(f"grounded_sam.{name}", getattr(self, name))
+        check_count("grounded_sam.threads", self.threads)
 
 
 @dataclass(frozen=True)
@@ -77,38 +91,61 @@ class Boxes:
 
 
 class Detector:
-    """GroundingDINO with a fixed vocabulary.
+    """GroundingDINO or MM-GroundingDINO, its thresholds and its vocabulary.
 
     Raises:
-        ValueError: a bad vocabulary, or a name with a word that the checkpoint's tokenizer does not know.
+        ValueError: a bad vocabulary, a name with a word that the checkpoint's tokenizer does not know, or a checkpoint
+            of another type than :data:`DETECTORS`.
         RewardServerError: the checkpoint cannot be loaded.
     """
 
     def __init__(self, config: GroundedSamConfig) -> None:
         from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-        self._config = config
+        self.config = config
+        _check_type(config.detector, "detector", DETECTORS)
         self._processor = _load(AutoProcessor, config.detector, "detector")
         model = _load(AutoModelForZeroShotObjectDetection, config.detector, "detector", dtype=torch.float32)
         self._model = model.to(config.device).eval()
-        self._prompts = self._tokenise(load_vocabulary(config.vocabulary))
+        self._prompts = self.prompts(load_vocabulary(config.vocabulary))
+
+    def with_config(self, config: GroundedSamConfig) -> Detector:
+        """The same model with other thresholds and another vocabulary; this detector stays as it is.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        other = copy(self)
+        other.config = config
+        other._prompts = other.prompts(load_vocabulary(config.vocabulary))
+        return other
 
     @torch.inference_mode()
-    def detect(self, images: Sequence[np.ndarray]) -> list[Boxes]:
-        """Named boxes of images uint8 [H, W, 3], all of one size."""
-        pixels = self._processor.image_processor(images=list(images), return_tensors="pt").to(self._config.device)
-        found = [self._run(pixels, prompt) for prompt in self._prompts]
+    def detect(self, images: Sequence[np.ndarray], names: tuple[str, ...] | None = None) -> list[Boxes]:
+        """Named boxes of images uint8 [H, W, 3], all of one size.
+
+        Args:
+            images: at least one.
+            names: of :func:`clean_names`, to look for in place of the vocabulary.
+
+        Raises:
+            ValueError: a name that the tokenizer does not know.
+        """
+        prompts = self._prompts if names is None else self.prompts(names)
+        pixels = self._processor.image_processor(images=list(images), return_tensors="pt").to(self.config.device)
+        found = [self._run(pixels, prompt) for prompt in prompts]
         height, width = images[0].shape[:2]
         scale = torch.tensor([width, height, width, height], dtype=torch.float32)
         return [self._merge([chunk[i] for chunk in found], scale) for i in range(len(images))]
 
-    def _tokenise(self, names: tuple[str, ...]) -> list[_Prompt]:
+    def prompts(self, names: tuple[str, ...]) -> list[_Prompt]:
+        """Tokenised prompts that hold all names. Raises ValueError for one that the tokenizer does not know."""
         tokenizer = self._processor.tokenizer
         ids = {name: tokenizer(name, add_special_tokens=False).input_ids for name in names}
         unknown = [name for name in names if tokenizer.unk_token_id in ids[name]]
         if unknown:
             raise ValueError(
-                f"grounded_sam.vocabulary: the tokenizer of {self._config.detector} does not know {', '.join(unknown)}"
+                f"grounded_sam: the tokenizer of {self.config.detector} does not know {', '.join(unknown)}"
             )
         full_stop = tokenizer.convert_tokens_to_ids(".")
         prompts = []
@@ -120,17 +157,17 @@ class Detector:
     def _run(self, pixels: Any, prompt: _Prompt) -> list[list[tuple[str, float, torch.Tensor]]]:
         """Per image: name, score and box (cx, cy, w, h as shares of the image) of every query that names something."""
         count = len(pixels["pixel_values"])
-        outputs = self._model(**pixels, input_ids=prompt.ids.expand(count, -1).to(self._config.device))
+        outputs = self._model(**pixels, input_ids=prompt.ids.expand(count, -1).to(self.config.device))
         probabilities, boxes = outputs.logits.sigmoid().float().cpu(), outputs.pred_boxes.float().cpu()
         found = []
         for of_image, places in zip(probabilities, boxes, strict=True):
-            likely = (of_image.max(-1).values > self._config.box_threshold).nonzero()[:, 0].tolist()
+            likely = (of_image.max(-1).values > self.config.box_threshold).nonzero()[:, 0].tolist()
             named = [(q, self._name(of_image[q], prompt)) for q in likely]
             found.append([(*hit, places[q]) for q, hit in named if hit is not None])
         return found
 
     def _name(self, probabilities: torch.Tensor, prompt: _Prompt) -> tuple[str, float] | None:
-        hit = whole_phrase(probabilities, prompt.spans, self._config.box_threshold, self._config.text_threshold)
+        hit = whole_phrase(probabilities, prompt.spans, self.config.box_threshold, self.config.text_threshold)
         return None if hit is None else (prompt.names[hit[0]], hit[1])
 
     def _merge(self, chunks: list[list[tuple[str, float, torch.Tensor]]], scale: torch.Tensor) -> Boxes:
@@ -142,23 +179,26 @@ class Detector:
         centred = torch.stack([place for _, _, place in found])
         low, high = centred[:, :2] - centred[:, 2:] / 2, centred[:, :2] + centred[:, 2:] / 2
         boxes = torch.cat([low, high], dim=1).clamp(0, 1) * scale
-        kept = nms(boxes, scores, self._config.nms_iou)
+        kept = nms(boxes, scores, self.config.nms_iou)
         return Boxes(tuple(names[i] for i in kept), scores[kept], boxes[kept])
 
 
 class Segmenter:
-    """SAM prompted with boxes.
+    """SAM or SAM 2, prompted with boxes.
 
     Raises:
+        ValueError: the checkpoint is of another type than :data:`SEGMENTERS`.
         RewardServerError: the checkpoint cannot be loaded.
     """
 
     def __init__(self, checkpoint: str, device: str = "cpu") -> None:
-        from transformers import SamModel, SamProcessor
+        from transformers import Sam2Model, Sam2Processor, SamModel, SamProcessor
 
+        kind = _check_type(checkpoint, "segmenter", SEGMENTERS)
+        model, processor = (SamModel, SamProcessor) if kind == "sam" else (Sam2Model, Sam2Processor)
         self._device = device
-        self._processor = _load(SamProcessor, checkpoint, "segmenter")
-        self._model = _load(SamModel, checkpoint, "segmenter", dtype=torch.float32).to(device).eval()
+        self._processor = _load(processor, checkpoint, "segmenter")
+        self._model = _load(model, checkpoint, "segmenter", dtype=torch.float32).to(device).eval()
 
     @torch.inference_mode()
     def masks(self, images: Sequence[np.ndarray], boxes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -172,9 +212,9 @@ class Segmenter:
             input_boxes=inputs["input_boxes"].float().to(self._device),
             multimask_output=False,
         )
-        found = self._processor.post_process_masks(
-            outputs.pred_masks.cpu(), inputs["original_sizes"], inputs["reshaped_input_sizes"]
-        )
+        # SAM pads images to a square and says how large they are inside it; SAM 2 stretches them.
+        sizes = [inputs[key] for key in ("original_sizes", "reshaped_input_sizes") if key in inputs]
+        found = self._processor.post_process_masks(outputs.pred_masks.cpu(), *sizes)
         return [mask[: len(b), 0] for mask, b in zip(found, boxes, strict=True)]
 
 
@@ -187,42 +227,90 @@ class GroundedSam:
 
     def __init__(self, config: GroundedSamConfig) -> None:
         torch.set_num_threads(config.threads)
-        self.config = config
+        self._started = config
         self._detector = Detector(config)
         self._segmenter = Segmenter(config.segmenter, config.device)
 
-    def detect(self, images: Sequence[np.ndarray]) -> list[Detection]:
-        """Objects of each image uint8 [H, W, 3] RGB; the models' processors resize them.
+    @property
+    def config(self) -> GroundedSamConfig:
+        """Settings as they are now."""
+        return self._detector.config
 
-        Images of one size make one batch; padding to a common size would change their scores.
+    def reconfigure(self, settings: Mapping[str, Any]) -> None:
+        """Change :data:`LIVE` settings, without loading a model.
+
+        A setting that is not named gets the value the server was started with, so that a replica that starts later
+        with the same settings serves alike. A call of :meth:`detect` under way keeps the settings it began with.
+
+        Args:
+            settings: fields of :class:`GroundedSamConfig`; ``main`` is a mapping of the fields that change.
 
         Raises:
-            ValueError: an image is not uint8 RGB.
+            ValueError: a setting that is not live or has a bad value; then nothing changes.
         """
-        for image in images:
-            check_image(image)
-        answers: list[Detection | None] = [None] * len(images)
-        for shape in dict.fromkeys(image.shape for image in images):
-            places = [i for i, image in enumerate(images) if image.shape == shape]
-            for place, answer in zip(places, self._detect([images[i] for i in places]), strict=True):
-                answers[place] = answer
-        return [answer for answer in answers if answer is not None]
+        self._detector = self._detector.with_config(with_settings(self._started, settings, LIVE, "grounded_sam"))
 
-    def _detect(self, images: list[np.ndarray]) -> list[Detection]:
-        found = self._detector.detect(images)
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raises ValueError unless :meth:`detect` can look for these names."""
+        self._detector.prompts(clean_names(names, "names"))
+
+    def detect(
+        self, images: Sequence[np.ndarray], masks: bool = False, names: Sequence[Sequence[str] | None] | None = None
+    ) -> list[Detection]:
+        """Objects of each image uint8 [H, W, 3] RGB; the models' processors resize them.
+
+        Images of one size with the same names make one batch; padding to a common size would change their scores.
+
+        Args:
+            images: any sizes.
+            masks: fill :attr:`DetectedObject.mask`.
+            names: for each image what to look for in it, None: the vocabulary; as a whole None: the vocabulary in all.
+
+        Raises:
+            ValueError: an image is not uint8 RGB, or names that cannot be looked for.
+        """
+        if names is None:
+            names = [None] * len(images)
+        if len(names) != len(images):
+            raise ValueError(f"names must have one entry per image, got {len(names)} for {len(images)}")
+        return self.detect_all([(image, masks, of_image) for image, of_image in zip(images, names, strict=True)])
+
+    def detect_all(self, requests: Sequence[Request]) -> list[Detection]:
+        """Answers of requests that came together: image, whether masks are wanted, and names, as in :meth:`detect`."""
+        detector = self._detector
+        batches: dict[tuple[tuple[int, ...], tuple[str, ...] | None], list[int]] = {}
+        for place, (image, _, names) in enumerate(requests):
+            check_image(image)
+            wanted = None if names is None else clean_names(names, "names")
+            batches.setdefault((image.shape, wanted), []).append(place)
+        answers: dict[int, Detection] = {}
+        for (_, wanted), places in batches.items():
+            images, keep_masks = [requests[i][0] for i in places], [requests[i][1] for i in places]
+            answers |= zip(places, self._detect(detector, images, wanted, keep_masks), strict=True)
+        return [answers[place] for place in range(len(requests))]
+
+    def _detect(
+        self, detector: Detector, images: list[np.ndarray], names: tuple[str, ...] | None, keep_masks: list[bool]
+    ) -> list[Detection]:
+        found = detector.detect(images, names)
         some = [i for i, boxes in enumerate(found) if boxes.names]
         masks = self._segmenter.masks([images[i] for i in some], [found[i].boxes for i in some]) if some else []
-        areas = {i: mask.float().mean((1, 2)).tolist() for i, mask in zip(some, masks, strict=True)}
-        return [self._answer(boxes, areas.get(i, [])) for i, boxes in enumerate(found)]
+        of_image = dict(zip(some, masks, strict=True))
+        answers = []
+        for i, boxes in enumerate(found):
+            objects = _objects(boxes, of_image[i], keep_masks[i]) if i in of_image else ()
+            answers.append(Detection(objects, main_objects(objects, detector.config.main)))
+        return answers
 
-    def _answer(self, found: Boxes, areas: list[float]) -> Detection:
-        objects = tuple(
-            DetectedObject(name, score, (box[0], box[1], box[2], box[3]), area)
-            for name, score, box, area in zip(
-                found.names, found.scores.tolist(), found.boxes.tolist(), areas, strict=True
-            )
-        )
-        return Detection(objects, main_objects(objects, self.config.main))
+
+def _objects(found: Boxes, masks: torch.Tensor, keep_masks: bool) -> tuple[DetectedObject, ...]:
+    """Boxes and their masks bool [N, H, W] as answered."""
+    areas = masks.float().mean((1, 2)).tolist()
+    rows = zip(found.names, found.scores.tolist(), found.boxes.tolist(), areas, masks, strict=True)
+    return tuple(
+        DetectedObject(name, score, (box[0], box[1], box[2], box[3]), area, mask.numpy() if keep_masks else None)
+        for name, score, box, area, mask in rows
+    )
 
 
 def check_image(image: np.ndarray) -> None:
@@ -238,3 +326,17 @@ def _load(factory: Any, checkpoint: str, role: str, **options: Any) -> Any:
         return factory.from_pretrained(checkpoint, **options)
     except (OSError, ValueError) as error:
         raise RewardServerError(f"grounded_sam.{role}: cannot load {checkpoint!r}: {error}") from error
+
+
+def _check_type(checkpoint: str, role: str, known: Sequence[str]) -> str:
+    """The checkpoint's ``model_type``. Raises ValueError if it is none of ``known``."""
+    from transformers import PretrainedConfig
+
+    try:
+        settings, _ = PretrainedConfig.get_config_dict(checkpoint)
+    except (OSError, ValueError) as error:
+        raise RewardServerError(f"grounded_sam.{role}: cannot load {checkpoint!r}: {error}") from error
+    kind = settings.get("model_type")
+    if kind not in known:
+        raise ValueError(f"grounded_sam.{role}: {checkpoint!r} is of type {kind!r}, not one of {', '.join(known)}")
+    return kind

@@ -1,9 +1,13 @@
 """Prompts, labels, NMS and the main rule of Grounded-SAM, without any model."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+import reward_servers
 from reward_servers.contract import DetectedObject
 from reward_servers.detection import (
     MainRule,
@@ -27,8 +31,17 @@ def test_vocabulary_is_cleaned_and_may_come_from_a_file(tmp_path):
     assert load_vocabulary(str(tmp_path / "names.txt")) == names
 
 
+def test_common_names_the_shipped_list_of_everyday_objects():
+    names = load_vocabulary("common")
+    assert len(names) >= 300 and {"dog", "car", "tree", "traffic light"} <= set(names)
+    text = (Path(reward_servers.__file__).parent / "vocabularies/common_objects.txt").read_text(encoding="utf-8")
+    assert list(names) == text.splitlines(), "clean as it is, every name once"
+    assert all(re.fullmatch("[a-z][a-z ]*", name) for name in names)
+
+
 @pytest.mark.parametrize(
-    "source, words", [([], "no name"), (["a. b"], "'a. b'"), (["what?"], "what"), ("/none", "/none")]
+    "source, words",
+    [([], "no name"), (["a. b"], "'a. b'"), (["what?"], "what"), ("/none", "/none"), (7, "list of names")],
 )
 def test_a_bad_vocabulary_is_refused(source, words):
     with pytest.raises(ValueError, match=words):

@@ -102,6 +102,81 @@ def test_the_vocabulary_limits_what_is_found(scenes):
     assert {o.name for answer in found for o in answer.objects} <= {"cat"}
 
 
+def test_masks_come_on_request_and_have_the_area_answered(model, scenes):
+    (plain,), (with_masks,) = model.detect([scenes[0].image]), model.detect([scenes[0].image], masks=True)
+    assert plain == with_masks and plain.objects and not any(item.mask is not None for item in plain.objects)
+    for item in with_masks.objects:
+        assert item.mask.shape == (64, 64) and item.mask.dtype == bool
+        assert item.mask.mean() == pytest.approx(item.mask_area, abs=1e-6)
+
+
+def test_each_image_may_bring_its_own_names(model, scenes):
+    images = [scene.image for scene in scenes[:3]]
+    (usual,) = model.detect(images[:1])
+    name = usual.objects[0].name
+    mixed = model.detect(images, names=[[name.upper()], None, ["galaxy", "man"]])
+    assert {item.name for item in mixed[0].objects} == {name}
+    assert mixed[1] == model.detect(images[1:2])[0]
+    assert {item.name for item in mixed[2].objects} <= {"galaxy", "man"}
+    assert mixed[0] == GroundedSam(config(vocabulary=(name,))).detect(images[:1])[0]
+    assert model.detect_all([(images[0], True, [name]), (images[1], False, None)]) == mixed[:2]
+
+
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        ([["cat"], ["cat"]], "one entry per image"),
+        (["cat"], "must be a list of names"),
+        ([[3]], "must be a list of names"),
+        ([[]], "names holds no name"),
+        ([["a. b"]], "'a. b'"),
+        ([["zebra"]], "does not know zebra"),
+    ],
+)
+def test_names_that_cannot_be_looked_for_are_refused(model, scenes, names, words):
+    with pytest.raises(ValueError, match=words):
+        model.detect([scenes[0].image], names=names)
+
+
+def test_names_can_be_checked_before_they_spoil_a_batch(model):
+    model.check_names(["Cat"])
+    with pytest.raises(ValueError, match="does not know zebra"):
+        model.check_names(["zebra"])
+
+
+def test_settings_change_live_and_fall_back_to_those_of_the_start(scenes):
+    images = [scene.image for scene in scenes[:3]]
+    server = GroundedSam(config())
+    usual = server.detect(images)
+    server.reconfigure({"vocabulary": ["cat"], "box_threshold": 0.5, "main": {"max_count": 1}})
+    fresh = GroundedSam(config(vocabulary=("cat",), box_threshold=0.5, main=MainRule(max_count=1)))
+    assert server.detect(images) == fresh.detect(images) != usual
+    server.reconfigure({"main": {"min_area": 1.0}})
+    answers = server.detect(images)
+    assert [a.objects for a in answers] == [a.objects for a in usual] and not any(a.main for a in answers)
+    server.reconfigure({})
+    assert server.detect(images) == usual
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"box_threshold": 0.9, "detector": "x"}, r"grounded_sam\.detector is no live setting"),
+        ({"box_threshold": 0.9, "colour": 1}, r"grounded_sam\.colour is no live setting"),
+        ({"box_threshold": 0.9, "nms_iou": "0.5"}, r"grounded_sam\.nms_iou must lie in \[0, 1\], got '0.5'"),
+        ({"box_threshold": 0.9, "main": {"max_count": 1.5}}, r"grounded_sam\.main\.max_count must be a whole number"),
+        ({"box_threshold": 0.9, "main": {"area": 1}}, r"grounded_sam\.main\.area is no live setting"),
+        ({"box_threshold": 0.9, "vocabulary": ["zebra"]}, "does not know zebra"),
+        ({"box_threshold": 0.9, "vocabulary": 7}, r"grounded_sam\.vocabulary must be a list of names"),
+    ],
+)
+def test_a_refused_change_changes_nothing(model, scenes, settings, words):
+    before, answer = model.config, model.detect([scenes[0].image])
+    with pytest.raises(ValueError, match=words):
+        model.reconfigure(settings)
+    assert model.config is before and model.detect([scenes[0].image]) == answer
+
+
 def test_the_main_rule_is_applied(scenes):
     strict = GroundedSam(config(main=MainRule(min_area=1.0)))
     answers = strict.detect([scene.image for scene in scenes])

@@ -1,11 +1,16 @@
-"""The visual expert behind a real vLLM engine, started once, with the shipped toy weights."""
+"""The visual expert behind a real vLLM engine, started once, with the shipped toy weights.
+
+They were trained to judge. What they say as captioner and tagger means nothing: here their answers only have to have
+the right form.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import psutil
@@ -13,9 +18,11 @@ import pytest
 import torch
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
+from reward_servers.caption_chat import CaptionPrompt
 from reward_servers.contract import Judgement, RewardServerError
-from reward_servers.expert_chat import shown_orders
+from reward_servers.expert_chat import MAX_RATIONALE, shown_orders
 from reward_servers.qwen_vl import VisualExpert, VisualExpertConfig
+from reward_servers.tag_chat import TagPrompt
 from toy.expert_quality import expert_figures, graded_groups, judge, mixed_groups, weighted
 from toy.judged_images import JudgedGroup
 from toy.qwen_vl_checkpoint import WEIGHTS
@@ -29,7 +36,15 @@ class Server:
     def __init__(self) -> None:
         before = set(psutil.Process().children(recursive=True))
         started = time.monotonic()
-        config = VisualExpertConfig(model=str(WEIGHTS), max_model_len=1024, kv_cache_gib=0.25, dtype="float32")
+        config = VisualExpertConfig(
+            model=str(WEIGHTS),
+            max_model_len=1024,
+            kv_cache_gib=0.25,
+            dtype="float32",
+            # The toy's tokenizer spells letter by letter, and its context is short.
+            caption_prompt=CaptionPrompt("Objects?", "Parts?", "Textures?", 24, 24, 24),
+            tag_prompt=TagPrompt("Name {count} objects.", max_names=4),
+        )
         self.expert = VisualExpert(config)
         self.start_s = time.monotonic() - started
         self.processes = set(psutil.Process().children(recursive=True)) - before
@@ -111,30 +126,83 @@ def test_groups_judged_at_once_get_the_scores_they_get_alone(server: Server, siz
     assert answers[8] == answers[1]
 
 
-def test_repeats_average_the_rounds(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def restored(server: Server) -> Iterator[None]:
+    """The settings of the start, after a test that changes them."""
+    yield
+    server.expert.reconfigure({})
+
+
+@pytest.mark.usefixtures("restored")
+def test_repeats_change_live_and_average_the_rounds(server: Server) -> None:
     (group,) = graded_groups(1)
-    monkeypatch.setattr(server.expert, "config", VisualExpertConfig(model=str(WEIGHTS), repeats=8))
+    (once,) = server.judge_all([group])
+    server.expert.reconfigure({"repeats": 8})
     ((first, *_),) = server.judge_all([group])
     assert first.quality != round(first.quality) or first.realism != round(first.realism)
+    server.expert.reconfigure({})
+    assert server.judge_all([group]) == [once]
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_rationale_is_forced_into_the_schema_and_cut_at_its_length(server: Server) -> None:
+    (group,) = graded_groups(1)
+    group = JudgedGroup(**{**vars(group), "images": group.images[:2]})
+    server.expert.reconfigure({"rationale": True, "prompt": {"rationale": "Why?"}})
+    (answer,) = server.judge_all([group])
+    print(answer)
+    assert all(0 < len(judged.rationale) <= MAX_RATIONALE for judged in answer)
+    server.expert.reconfigure({})
+    (answer,) = server.judge_all([group])
+    assert not any(judged.rationale for judged in answer)
+
+
+def test_a_caption_is_a_dialogue_of_three_rounds(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    (group,) = graded_groups(1)
+    asked = noted(server, monkeypatch)
+    captions = server.run(server.expert.caption(group.images[0]))
+    print(captions)
+    first, second, third = (text for text, *_ in asked)
+    assert first.count("<|image_pad|>") == 1 and first.endswith("Objects?<|im_end|>\n<|im_start|>assistant\n")
+    history = f"{first}{captions.coarse}<|im_end|>\n"
+    assert second.startswith(history) and second.endswith("Parts?<|im_end|>\n<|im_start|>assistant\n")
+    assert third.startswith(f"{second}{captions.middle}<|im_end|>\n") and "Textures?" in third
+    assert [[picture.width for picture in shown] for _, shown, _ in asked] == [[16], [16, 32], [16, 32, 64]]
+    assert captions.fine and server.run(server.expert.caption(group.images[0])) == captions
+
+
+def test_tags_follow_the_schema(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    (group,) = graded_groups(1)
+    tags = server.run(server.expert.tag(group.images[0]))
+    print(tags)
+    assert 1 <= len(tags.names) <= 4
+    assert all(re.fullmatch("[a-z][a-z -]*", name) and len(name) <= 40 for name in tags.names)
+    asked = noted(server, monkeypatch, max_tokens=5)
+    with pytest.raises(RewardServerError, match=r"no usable answer in 3 attempts.*tagger's answer is not JSON"):
+        server.run(server.expert.tag(group.images[0]))
+    assert len(asked) == 3
+
+
+def noted(server: Server, monkeypatch: pytest.MonkeyPatch, **limits: int) -> list[tuple]:
+    """What the engine is asked from here on; `limits` replace the limits of its answers."""
+    asked: list[tuple] = []
+    answer = server.expert._engine.answer
+
+    async def note(text, images, decoding):
+        asked.append((text, list(images), decoding))
+        return await answer(text, images, replace(decoding, **limits))
+
+    monkeypatch.setattr(server.expert._engine, "answer", note)
+    return asked
 
 
 def test_a_truncated_answer_is_asked_again_and_then_an_error(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pitfalls Part 2, 11: no answer, no number."""
     (group,) = graded_groups(1)
-    text, sampling = server.expert._question(len(group.images))
-    short = sampling.clone()
-    short.max_tokens = 5
-    monkeypatch.setitem(server.expert._questions, len(group.images), (text, short))
-    asked = []
-    ask = server.expert._ask
-
-    async def count(shown):
-        asked.append([picture.tobytes() for picture in shown])
-        return await ask(shown)
-
-    monkeypatch.setattr(server.expert, "_ask", count)
+    noting = noted(server, monkeypatch, max_tokens=5)
     with pytest.raises(RewardServerError, match=r"no usable answer in 3 attempts.*not JSON"):
         server.judge_all([group])
+    asked = [[picture.tobytes() for picture in shown] for _, shown, _ in noting]
     assert len(asked) == 3
     assert asked[0][0] == asked[1][0], "the reference stays first"
     assert asked[0] != asked[1], "a retry shows another order"
