@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from reward_servers.checks import check_count, check_question
 from reward_servers.contract import RewardServerError
 from vlcot.images import area_downscale
 
@@ -49,13 +50,8 @@ class CaptionPrompt:
 
     def __post_init__(self) -> None:
         for name in ROUNDS:
-            question, tokens = getattr(self, name), getattr(self, f"{name}_tokens")
-            if not isinstance(question, str) or not question.strip():
-                raise ValueError(f"qwen_vl.caption_prompt.{name} must be a question, got {question!r}")
-            if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-                raise ValueError(
-                    f"qwen_vl.caption_prompt.{name}_tokens must be a whole number of at least 1, got {tokens!r}"
-                )
+            check_question(f"qwen_vl.caption_prompt.{name}", getattr(self, name))
+            check_count(f"qwen_vl.caption_prompt.{name}_tokens", getattr(self, f"{name}_tokens"))
 
 
 def shown_sizes(image: np.ndarray) -> list[Image.Image]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from reward_servers.checks import check_count, check_share
 from reward_servers.contract import DetectedObject
 
 DELIMITERS = ".?"
@@ -39,18 +40,6 @@ class MainRule:
         for name in ("min_area", "min_score"):
             check_share(f"grounded_sam.main.{name}", getattr(self, name))
         check_count("grounded_sam.main.max_count", self.max_count)
-
-
-def check_share(where: str, value: object) -> None:
-    """Raises ValueError unless ``value`` is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
-        raise ValueError(f"{where} must lie in [0, 1], got {value!r}")
-
-
-def check_count(where: str, value: object) -> None:
-    """Raises ValueError unless ``value`` is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{where} must be a whole number of at least 1, got {value!r}")
 
 
 def load_vocabulary(source: Sequence[str] | str | Path) -> tuple[str, ...]:

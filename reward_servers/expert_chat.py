@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from reward_servers.contract import Judgement, RewardServerError
+from reward_servers.json_answer import excerpt, list_schema, read_list
 
 PROMPT_FILE = "expert_prompt.json"
 SCORE_NAMES = ("quality", "realism", "consistency")
@@ -114,12 +115,7 @@ def answer_schema(count: int, rationale: bool = False) -> dict[str, Any]:
         "required": list(properties),
         "additionalProperties": False,
     }
-    return {
-        "type": "object",
-        "properties": {"scores": {"type": "array", "items": entry, "minItems": count, "maxItems": count}},
-        "required": ["scores"],
-        "additionalProperties": False,
-    }
+    return list_schema("scores", entry, count, count)
 
 
 def write_answer(scores: Sequence[Mapping[str, int]]) -> str:
@@ -140,16 +136,9 @@ def parse_answer(text: str, count: int, rationale: bool = False) -> list[Judgeme
     Raises:
         RewardServerError: the text is not one JSON object of the schema with exactly ``count`` entries.
     """
-    try:
-        answer = json.loads(text)
-    # Besides JSONDecodeError: numbers of thousands of digits, thousands of open brackets.
-    except (ValueError, RecursionError) as error:
-        raise RewardServerError(f"the expert's answer is not JSON ({error}): {_excerpt(text)}") from error
-    scores = answer.get("scores") if isinstance(answer, dict) else None
-    if not isinstance(scores, list):
-        raise RewardServerError(f"the expert's answer has no list 'scores': {_excerpt(text)}")
+    scores = read_list(text, "scores", "expert")
     if len(scores) != count:
-        raise RewardServerError(f"the expert scored {len(scores)} images of {count}: {_excerpt(text)}")
+        raise RewardServerError(f"the expert scored {len(scores)} images of {count}: {excerpt(text)}")
     return [_judgement(entry, text, rationale) for entry in scores]
 
 
@@ -188,7 +177,7 @@ def average(rounds: Sequence[Sequence[Judgement]]) -> list[Judgement]:
 def _judgement(entry: object, text: str, rationale: bool) -> Judgement:
     keys = (*SCORE_NAMES, "rationale") if rationale else SCORE_NAMES
     if not isinstance(entry, dict) or set(entry) != set(keys):
-        raise RewardServerError(f"an entry of the expert's answer has other keys than {keys}: {_excerpt(text)}")
+        raise RewardServerError(f"an entry of the expert's answer has other keys than {keys}: {excerpt(text)}")
     for name in SCORE_NAMES:
         value = entry[name]
         # bool is an int for Python; true is no score.
@@ -200,7 +189,3 @@ def _judgement(entry: object, text: str, rationale: bool) -> Judgement:
             f"the expert's rationale is no text of up to {MAX_RATIONALE} characters: {reason!r:.200}"
         )
     return Judgement(**{name: float(entry[name]) for name in SCORE_NAMES}, rationale=" ".join(reason.split()))
-
-
-def _excerpt(text: str, length: int = 200) -> str:
-    return repr(text if len(text) <= length else text[:length] + "...")

@@ -15,11 +15,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from reward_servers.checks import check_count, check_share
 from reward_servers.contract import DetectedObject, Detection, RewardServerError
 from reward_servers.detection import (
     MainRule,
-    check_count,
-    check_share,
     chunk_vocabulary,
     clean_names,
     load_vocabulary,

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from reward_servers.checks import check_count
 from reward_servers.contract import Measurement, RewardServerError
 from reward_servers.grounded_sam import check_image
 from vlcot import metric_weights
@@ -38,7 +39,8 @@ class IqaConfig:
         weights_dir: folder under which weight files are searched, before torch's hub folder.
         device: torch device of the models.
         threads: CPU threads of this process.
-        batch_size: most images of one model call.
+        batch_size: most images of one model call. On a CPU networks get one image a call whatever it says: a batch is
+            no faster there, and would change the last digit of a value by what else is in it.
     """
 
     metrics: tuple[str, ...]
@@ -54,8 +56,7 @@ class IqaConfig:
         if not self.metrics or len(set(self.metrics)) < len(self.metrics):
             raise ValueError(f"iqa.metrics must name at least one metric and none twice, got {list(self.metrics)}")
         for name in ("threads", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"iqa.{name} must be at least 1, got {getattr(self, name)}")
+            check_count(f"iqa.{name}", getattr(self, name))
 
 
 def find_weights(config: IqaConfig) -> dict[str, Path]:
@@ -133,16 +134,17 @@ class Iqa:
         Raises:
             ValueError: ``settings`` has a key.
         """
-        for key in settings:
-            raise ValueError(f"iqa.{key} is no live setting; iqa has none")
+        if settings:
+            raise ValueError(f"iqa.{next(iter(settings))} is no live setting; iqa has none")
 
     def _scores(self, name: str, jobs: Sequence[_Job]) -> list[float | str]:
         """The metric of each image, or why there is none."""
+        size = self.config.batch_size if self.config.device != "cpu" or not METRICS[name].weights else 1
         scores: list[float | str] = [""] * len(jobs)
         for shape in dict.fromkeys(image.shape for image, _ in jobs):
             places = [place for place, (image, _) in enumerate(jobs) if image.shape == shape]
-            for start in range(0, len(places), self.config.batch_size):
-                chunk = places[start : start + self.config.batch_size]
+            for start in range(0, len(places), size):
+                chunk = places[start : start + size]
                 for place, score in zip(chunk, self._call(name, [jobs[place] for place in chunk]), strict=True):
                     scores[place] = score
         return scores

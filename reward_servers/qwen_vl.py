@@ -21,6 +21,7 @@ from PIL import Image
 
 from reward_servers import caption_chat, expert_chat, tag_chat
 from reward_servers.caption_chat import CaptionPrompt
+from reward_servers.checks import check_count
 from reward_servers.contract import Captions, Judgement, RewardServerError, Tags
 from reward_servers.expert_chat import ExpertPrompt, average, in_sent_order, shown_orders
 from reward_servers.live_settings import with_settings
@@ -84,12 +85,10 @@ class VisualExpertConfig:
     tag_prompt: TagPrompt = field(default_factory=TagPrompt)
 
     def __post_init__(self) -> None:
-        at_least = {"seed": 0, "retries": 0}
-        positive = ("max_images", "max_model_len", "repeats", "threads", "max_num_seqs", "tensor_parallel_size")
-        for name, low in {**at_least, **dict.fromkeys(positive, 1)}.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"qwen_vl.{name} must be a whole number of at least {low}, got {value!r}")
+        for name in ("seed", "retries"):
+            check_count(f"qwen_vl.{name}", getattr(self, name), least=0)
+        for name in ("max_images", "max_model_len", "repeats", "threads", "max_num_seqs", "tensor_parallel_size"):
+            check_count(f"qwen_vl.{name}", getattr(self, name))
         if not isinstance(self.rationale, bool):
             raise ValueError(f"qwen_vl.rationale must be true or false, got {self.rationale!r}")
         if self.dtype not in DTYPES:

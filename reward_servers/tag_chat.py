@@ -10,8 +10,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from reward_servers.checks import check_count, check_question
 from reward_servers.contract import RewardServerError, Tags
 from reward_servers.detection import clean_names
+from reward_servers.json_answer import excerpt, list_schema, read_list
 
 LONGEST_NAME = 40
 """Characters of a name."""
@@ -35,12 +37,8 @@ class TagPrompt:
     max_names: int = 12
 
     def __post_init__(self) -> None:
-        if not isinstance(self.question, str) or not self.question.strip():
-            raise ValueError(f"qwen_vl.tag_prompt.question must be a question, got {self.question!r}")
-        if not isinstance(self.max_names, int) or isinstance(self.max_names, bool) or self.max_names < 1:
-            raise ValueError(
-                f"qwen_vl.tag_prompt.max_names must be a whole number of at least 1, got {self.max_names!r}"
-            )
+        check_question("qwen_vl.tag_prompt.question", self.question)
+        check_count("qwen_vl.tag_prompt.max_names", self.max_names)
 
 
 def chat(prompt: TagPrompt) -> list[dict[str, Any]]:
@@ -53,12 +51,7 @@ def answer_schema(max_names: int) -> dict[str, Any]:
     """JSON schema of an answer. Names are plain English letters: GroundingDINO's tokenizer knows every one of them."""
     # The length is in the pattern: xgrammar takes no pattern beside a maxLength.
     name = {"type": "string", "pattern": f"^[a-z][a-z -]{{1,{LONGEST_NAME - 1}}}$"}
-    return {
-        "type": "object",
-        "properties": {"objects": {"type": "array", "items": name, "minItems": 1, "maxItems": max_names}},
-        "required": ["objects"],
-        "additionalProperties": False,
-    }
+    return list_schema("objects", name, 1, max_names)
 
 
 def longest_answer(max_names: int) -> int:
@@ -72,16 +65,8 @@ def parse_answer(text: str, max_names: int) -> Tags:
     Raises:
         RewardServerError: the text is no JSON object with a list of names, or a name no vocabulary may hold.
     """
-    shown = repr(text if len(text) <= 200 else text[:200] + "...")
-    try:
-        answer = json.loads(text)
-    # Besides JSONDecodeError: numbers of thousands of digits, thousands of open brackets.
-    except (ValueError, RecursionError) as error:
-        raise RewardServerError(f"the tagger's answer is not JSON ({error}): {shown}") from error
-    names = answer.get("objects") if isinstance(answer, dict) else None
-    if not isinstance(names, list):
-        raise RewardServerError(f"the tagger's answer has no list 'objects': {shown}")
+    names = read_list(text, "objects", "tagger")
     try:
         return Tags(clean_names(names, "the tagger's answer")[:max_names])
     except ValueError as error:
-        raise RewardServerError(f"{error}: {shown}") from error
+        raise RewardServerError(f"{error}: {excerpt(text)}") from error
