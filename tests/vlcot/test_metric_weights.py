@@ -8,13 +8,12 @@ import scipy.io
 import torch
 from skimage import data
 from torch.nn import functional as F
-from torchvision import models
 
+from tests.vlcot.random_metric_weights import write_metric_weights
 from vlcot.metric_weights import find
 from vlcot.metrics import METRICS, load_metric, score_image
 
 pytestmark = pytest.mark.unit
-CHANNELS = (64, 192, 384, 256, 256)
 CONVOLUTIONS = ((0, 4, 2), (3, 1, 2), (6, 1, 1), (8, 1, 1), (10, 1, 1))  # layer of AlexNet, stride, padding
 
 
@@ -41,21 +40,7 @@ def photographs():
 
 @pytest.fixture(scope="module")
 def lpips_files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lpips")
-    random = torch.Generator().manual_seed(0)
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in models.alexnet().state_dict().items()}
-    alexnet = {
-        # The classifier is not used; one stored value stretched to its shape keeps the file small.
-        name: torch.zeros(1).expand(shape)
-        if name.startswith("classifier")
-        else torch.randn(shape, generator=random) / 20
-        for name, shape in shapes.items()
-    }
-    heads = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1, generator=random) for i, c in enumerate(CHANNELS)}
-    for name, state in zip(METRICS["LPIPS"].weights, (alexnet, heads), strict=True):
-        torch.save(state, folder / name)
-    return {name: folder / name for name in METRICS["LPIPS"].weights}
+    return write_metric_weights("LPIPS", tmp_path_factory.mktemp("lpips"))
 
 
 def _lpips(files, *images: np.ndarray) -> float:
@@ -96,10 +81,8 @@ def test_a_head_that_lacks_a_layer_is_refused(lpips_files, tmp_path):
 def test_niqe_reads_its_parameters_and_keeps_pyiqas_luma(tmp_path, photographs, offline):
     import pyiqa
 
-    path = tmp_path / METRICS["NIQE"].weights[0]
-    mean = np.random.default_rng(0).normal(1, 0.2, (1, 36))
-    scipy.io.savemat(path, {"mu_prisparam": mean, "cov_prisparam": np.eye(36)})
-    value = score_image(METRICS["NIQE"], load_metric(METRICS["NIQE"], {path.name: path}), photographs[0], None)
+    ((_, path),) = (files := write_metric_weights("NIQE", tmp_path)).items()
+    value = score_image(METRICS["NIQE"], load_metric(METRICS["NIQE"], files), photographs[0], None)
     theirs = pyiqa.create_metric("niqe", pretrained_model_path=str(path), device="cpu")
     image = torch.from_numpy(photographs[0]).permute(2, 0, 1)[None] / 255
     assert value == pytest.approx(float(theirs(image)), rel=1e-6)

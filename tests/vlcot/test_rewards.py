@@ -8,11 +8,14 @@ import pytest
 
 from vlcot.groups import Absent, Failed, Scored
 from vlcot.rewards import (
+    METRIC_EXPERTS,
+    METRIC_RANGES,
     ExpertWeights,
     RewardWeights,
     degradation_reward,
     format_reward,
     generation_reward,
+    metrics_reward,
     total_reward,
     understanding_reward,
 )
@@ -124,3 +127,45 @@ def test_total_adds_what_is_present_by_weight() -> None:
 
 def test_a_failed_component_leaves_no_total() -> None:
     assert total_reward({"format": Scored(1.0), "generation": Failed("timeout")}, RewardWeights()) is None
+
+
+def test_metrics_become_a_reward_by_their_ranges() -> None:
+    score = metrics_reward({"LPIPS": 0.25, "DISTS": 0.5, "PSNR": 25.0, "SSIM": 0.75})
+    assert score.value == pytest.approx((0.75 + 0.5 + 0.5 + 0.75) / 4)
+    assert score.detail == {"LPIPS": 0.25, "DISTS": 0.5, "PSNR": 25.0, "SSIM": 0.75}
+
+
+def test_the_generative_expert_is_the_reward_of_the_authors_code() -> None:
+    values = {"MUSIQ": 61.4, "MANIQA": 0.63, "CLIPIQA": 0.67, "TOPIQ": 0.71}
+    theirs = (values["TOPIQ"] + values["MUSIQ"] / 100 + values["MANIQA"] + values["CLIPIQA"]) / 4
+    assert tuple(values) == METRIC_EXPERTS["generative"]
+    assert metrics_reward(values).value == pytest.approx(theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reward"), [("PSNR", 80.0, 1.0), ("LPIPS", 1.2, 0.0), ("MANIQA", -0.01, 0.0)]
+)
+def test_a_metric_outside_its_range_is_cut_off(name: str, value: float, reward: float) -> None:
+    assert metrics_reward({name: value}).value == reward
+
+
+def test_every_metric_of_an_expert_has_a_range_in_its_own_direction() -> None:
+    from vlcot.metrics import METRICS
+
+    assert {name for names in METRIC_EXPERTS.values() for name in names} == set(METRIC_RANGES)
+    for name, (worst, best) in METRIC_RANGES.items():
+        assert (best < worst) == METRICS[name].lower_is_better, name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_metric_that_is_not_finite_is_no_reward(value: float) -> None:
+    """Cutting off alone would make 0 or 1 of it."""
+    with pytest.raises(ValueError, match=r"PSNR is .*finite"):
+        metrics_reward({"SSIM": 0.5, "PSNR": value})
+
+
+def test_metrics_without_a_range_and_no_metrics_at_all_are_refused() -> None:
+    with pytest.raises(ValueError, match="NIQE has no range"):
+        metrics_reward({"NIQE": 5.0})
+    with pytest.raises(ValueError, match="at least one metric"):
+        metrics_reward({})
