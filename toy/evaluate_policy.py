@@ -22,11 +22,10 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from toy.rows import INSTRUCTION, LAYOUT, ToyRow, row
 from vlcot.degradation import COMPONENT_COUNT, components
-from vlcot.grammar import ChainState
+from vlcot.grammar import CHOICES, ChainState
 from vlcot.groups import Scored
 from vlcot.images import upscale_for_policy
 from vlcot.policy.family import Family
-from vlcot.policy.logprobs import SupportTable
 from vlcot.policy.model import VlcotForCausalLM
 from vlcot.rewards import understanding_reward
 from vlcot.sequence import ParsedChain
@@ -75,7 +74,7 @@ class Toy:
         """One chain per row, sampled under the grammar."""
         generator = torch.Generator().manual_seed(seed)
         grammar = self.family.grammar
-        allowed = SupportTable.of(grammar).rows
+        allowed = {kind: torch.from_numpy(grammar.support_ids(kind)) for kind in CHOICES}
         states = [ChainState(grammar) for _ in rows]
         chains: list[list[int]] = [[] for _ in rows]
         ids, cache = torch.from_numpy(self.prompts(rows)), None

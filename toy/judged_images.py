@@ -5,7 +5,8 @@ is a comparison with the picture that an image was made from, its source (the gr
 crop for an inconsistent image):
 
 * quality = 5 * SSIM(image, source) + 5 * (PSNR(image, source) - 12) / (40 - 12), each part clipped; SSIM of luma, 7x7
-  windows: falls with blur, noise, blocks, JPEG, wrong colour.
+  windows: falls with blur, noise, blocks, JPEG, wrong colour. Where the severity is known it is the mean of that and
+  10 * (1 - severity): distances alone rank a little noise below strong blur, and the severity says what is worse.
 * realism = 10 * mean over 8x8 cells of min(t, s) / max(t, s), where t and s are the image's and the source's texture:
   standard deviation, within the cell, of luma minus its 3x3 mean, plus 1.5 grey levels. Smeared and noisy
   surfaces both score low, whatever the scene.
@@ -45,7 +46,8 @@ class JudgedGroup:
         truth: uint8 [SIZE, SIZE, 3].
         images: uint8 [G, SIZE, SIZE, 3].
         kinds: how each image was made: a name of `CORRUPTIONS`, or truth, flat, static, other.
-        severity: float64 [G] in 0..1; NaN for `other`, whose severity against this crop is not defined.
+        severity: float64 [G] in 0..1; NaN where it is not known: `other` has none against this crop, and an image
+            moved to a given PSNR has that of no corruption.
         psnr: float64 [G], dB to the truth, 60 at most.
         scores: float64 [G, 3] in 0..10, in the order of `SCORES`.
         cells: float64 [G, 16, 3], per 16x16 cell in reading order: SSIM to the source, texture match with it (0..1,
@@ -204,9 +206,11 @@ def _restoration(
     severity = float(rng.uniform(0.02, 1))
     image = corrupt(source, kind, severity, rng)
     if rng.random() < 0.25:
-        image = corrupt(image, str(rng.choice(list(CORRUPTIONS))), severity * rng.uniform(0.2, 0.8), rng)
+        second = severity * rng.uniform(0.2, 0.8)
+        image = corrupt(image, str(rng.choice(list(CORRUPTIONS))), second, rng)
+        severity = 1 - (1 - severity) * (1 - second)
     if window is not None:
-        image = _at_psnr(corrupt(image, kind, 0.5, rng), truth, rng.uniform(*window))
+        image, severity = _at_psnr(corrupt(image, kind, 0.5, rng), truth, rng.uniform(*window)), float("nan")
     return image, source, kind if source is truth else "other", severity if source is truth else float("nan")
 
 
@@ -231,6 +235,7 @@ def _judge(
     cells[empty, :, :2] = 0
     likeness, texture = cells[..., 0].mean(axis=1), cells[..., 1].mean(axis=1)
     quality = 5 * likeness.clip(0) + 5 * ((to_source - 12) / (40 - 12)).clip(0, 1)
+    quality = np.where(np.isnan(severity), quality, (quality + 10 * (1 - severity)) / 2)
     consistency = 10 * (psnr - _WEAKEST_DB) / (_STRONGEST_DB - _WEAKEST_DB)
     scores = np.stack([np.where(empty, 0, quality), 10 * texture, consistency.clip(0, 10)], axis=-1)
     return JudgedGroup(lr, truth, images, kinds, severity, psnr, scores, cells)

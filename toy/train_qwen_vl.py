@@ -5,9 +5,11 @@ afterwards, tell the hidden layers what to look for:
 
 1. The vision tower alone: from each image token the likeness and texture of its 16x16 cell, from their mean the
    quality and realism of the image.
-2. Everything, on the chat that the reward server sends and its JSON answer. From the input of the last layer, the
-   PSNR of each cell is read at its token and the three scores at the end of each image; the last layer has only to
-   carry them to the answer.
+2. Everything, on the chat that the reward server sends and its JSON answer. From the output of the first language
+   layer, the place of each image token in its picture is read: the vision tower knows only distances, and the
+   language model's positions go on counting from image to image, so without it no token finds its counterpart in the
+   reference. From the input of the last layer, the PSNR of each cell is read at its token and the three scores at the
+   end of each image; the last layer has only to carry them to the answer.
 
 Each score's target is spread over the two integers around its real value (`toy/judged_images.py`), so cross-entropy
 is least when the expected score is right.
@@ -98,6 +100,7 @@ class Readouts(torch.nn.Module):
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.cell = torch.nn.Linear(hidden, 3)
+        self.place = torch.nn.Linear(hidden, TOKENS_PER_IMAGE)
         self.image = torch.nn.Sequential(
             # Blur takes fine texture away and noise adds it, what is good lies in between: not linear.
             torch.nn.RMSNorm(hidden),
@@ -113,6 +116,11 @@ class Readouts(torch.nn.Module):
         of_cells = (self.cell(tokens) - batch.cells).square().mean()
         return of_cells + (self.image(tokens.mean(1)) - batch.scores[:, :2]).square().mean()
 
+    def place_loss(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Half the cross-entropy of each token's place, of hidden states [N, TOKENS_PER_IMAGE, hidden]."""
+        places = torch.arange(TOKENS_PER_IMAGE).expand(len(tokens), -1)
+        return 0.5 * torch.nn.functional.cross_entropy(self.place(tokens).flatten(0, 1), places.flatten())
+
     def comparison_losses(self, tokens: torch.Tensor, ends: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
         """Of hidden states at image tokens [N, TOKENS_PER_IMAGE, hidden] and at the images' ends [N, hidden]."""
         of_cells = (self.compared_cell(tokens)[..., 0] - batch.cells[..., 2]).square().mean()
@@ -122,7 +130,7 @@ class Readouts(torch.nn.Module):
 def answer_losses(
     model: Model, layout: ChatLayout, tokens: torch.Tensor, batch: Batch, readouts: Readouts
 ) -> list[torch.Tensor]:
-    """Cross-entropy of the scores plus 0.3 times that of the answer's fixed tokens, then the comparison losses.
+    """Cross-entropy of the scores plus 0.3 times that of the answer's fixed tokens, comparison losses, place loss.
 
     Args:
         tokens: [groups, (count + 1) * TOKENS_PER_IMAGE, hidden size] of the reference and the restorations.
@@ -137,17 +145,20 @@ def answer_losses(
     output = model.model.language_model(
         inputs_embeds=embedded, position_ids=positions, use_cache=False, output_hidden_states=True
     )
-    before_last = output.hidden_states[-2]
+    first, before_last = (
+        output.hidden_states[i][:, layout.image_slots].unflatten(1, (-1, TOKENS_PER_IMAGE)) for i in (1, -2)
+    )
+    placed = readouts.place_loss(first.flatten(0, 1))
     compared = readouts.comparison_losses(
-        before_last[:, layout.image_slots].unflatten(1, (-1, TOKENS_PER_IMAGE))[:, 1:].flatten(0, 1),
-        before_last[:, layout.image_ends[1:]].flatten(0, 1),
+        before_last[:, 1:].flatten(0, 1),
+        output.hidden_states[-2][:, layout.image_ends[1:]].flatten(0, 1),
         batch,
     )
     log_probs = torch.log_softmax(model.lm_head(output[0][:, layout.answer_start - 1 : -1]), dim=-1)
     of_scores = log_probs[:, layout.score_slots - layout.answer_start][..., layout.score_ids]
     fixed = layout.fixed_slots
     of_fixed = log_probs[:, fixed - layout.answer_start].gather(2, ids[:, fixed, None])
-    return [-(soft_scores(flat) * of_scores).sum(-1).mean() - 0.3 * of_fixed.mean(), *compared]
+    return [-(soft_scores(flat) * of_scores).sum(-1).mean() - 0.3 * of_fixed.mean(), *compared, placed]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from toy.detector_quality import matches, quality
 from toy.photographs import object_names
 from toy.train_sam import heldout_iou
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.engine
 
 WEIGHTS = Path(__file__).parents[2] / "toy" / "weights"
 GROUNDING_DINO, SAM = str(WEIGHTS / "grounding_dino"), str(WEIGHTS / "sam")

@@ -61,3 +61,17 @@ def test_corrupt_leaves_its_input_alone() -> None:
     for kind in CORRUPTIONS:
         corrupt(image, kind, 1.0, np.random.default_rng(0))
     np.testing.assert_array_equal(image, before)
+
+
+def test_quality_takes_in_the_severity_where_it_is_known() -> None:
+    group = graded_group(1, "heldout", ("blur", "jpeg", "codes"), np.array([0.2, 0.5, 0.9]))
+    distance = 5 * group.cells[..., 0].mean(axis=1).clip(0) + 5 * ((group.psnr - 12) / 28).clip(0, 1)
+    np.testing.assert_allclose(group.scores[:, 0], (distance + 10 * (1 - group.severity)) / 2)
+
+
+def test_the_severity_of_an_image_moved_to_a_psnr_or_of_another_crop_is_not_known() -> None:
+    groups = [judged_group(index, "train", 8) for index in range(20)]
+    kinds, severity = np.concatenate([g.kinds for g in groups]), np.concatenate([g.severity for g in groups])
+    assert np.isnan(severity[kinds == "other"]).all()
+    known = severity[~np.isin(kinds, ("other", "truth", "flat", "static"))]
+    assert 0.2 < np.isnan(known).mean() < 0.7 and np.nanmin(known) > 0 and np.nanmax(known) <= 1

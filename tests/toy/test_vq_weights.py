@@ -9,7 +9,7 @@ from toy.photographs import crop
 from toy.train_vq import psnr
 from vlcot.tokenizer.image import ImageTokenizer
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.engine
 FOLDER = Path(__file__).parents[2] / "toy/weights/vq"
 
 
