@@ -6,54 +6,27 @@ No failure becomes a number here: what could not be scored is ``Failed`` and ent
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 import random
 import time
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
-import ray
-from ray.serve.exceptions import BackPressureError
 
-from reward_servers.contract import Detection, Judgement, RewardServerError
+from reward_servers import answers
+from reward_servers.breaker import Attempt, BreakerPolicy, CircuitBreaker
+from reward_servers.contract import Captions, Detection, Judgement, Measurement, OverloadedError, Tags
+from reward_servers.retry import RetryPolicy
+from reward_servers.transports import Transport
 from vlcot.groups import Failed
-from vlcot.rewards import EXPERT_SCALE
 
 Answer = TypeVar("Answer")
 
-GROUNDED_SAM, QWEN_VL = "grounded_sam", "qwen_vl"
-
-_BY_REFERENCE = 64 * 1024
-"""Bytes from which an image goes through the object store: by value it would be copied once more per request."""
-
-
-@dataclass(frozen=True)
-class RetryPolicy:
-    """How often a request is sent.
-
-    Attributes:
-        attempts: first one included.
-        attempt_timeout_s: after this a request is given up and sent again; None waits for the deadline.
-        base_delay_s: upper end of the random delay before the first retry; it doubles with every further one.
-        max_delay_s: upper end of every delay.
-    """
-
-    attempts: int = 4
-    attempt_timeout_s: float | None = None
-    base_delay_s: float = 0.2
-    max_delay_s: float = 5.0
-
-    def __post_init__(self) -> None:
-        if self.attempts < 1:
-            raise ValueError(f"attempts must be at least 1, got {self.attempts}")
-
-    def delay(self, retry: int, rng: random.Random) -> float:
-        """Seconds before retry number ``retry`` (from 0), uniform from 0, so that clients come back apart."""
-        return rng.uniform(0.0, min(self.max_delay_s, self.base_delay_s * 2**retry))
+GROUNDED_SAM, QWEN_VL, IQA = "grounded_sam", "qwen_vl", "iqa"
 
 
 @dataclass
@@ -64,7 +37,7 @@ class ServerStats:
         count: requests that ended, failed ones included.
         failures: of them.
         retries: further attempts.
-        cached: answers from the cache; no request was made.
+        hedged: second requests of attempts that took long.
         seconds: sum over the requests, retries and delays included.
         max_seconds: slowest request.
     """
@@ -72,7 +45,7 @@ class ServerStats:
     count: int = 0
     failures: int = 0
     retries: int = 0
-    cached: int = 0
+    hedged: int = 0
     seconds: float = 0.0
     max_seconds: float = 0.0
 
@@ -83,58 +56,51 @@ class ServerStats:
 
 
 class RewardClient:
-    """Asks Grounded-SAM and the visual expert. One per event loop.
+    """Asks the reward servers. One per event loop; equal requests are the servers' to remember.
 
     Args:
-        grounded_sam: Serve handle of ``deploy_grounded_sam``: ``objects.remote(image)`` gives an awaitable.
-        visual_expert: Serve handle of ``deploy_visual_expert``: ``judge.remote(lr, images, seed)``.
-        timeout_s: deadline of one request, retries included.
+        transport: how requests reach them.
+        timeout_s: deadline of one request, retries and waiting for a server that is left alone included.
         retry: how often it is sent before that.
-        settings: what the detections depend on beside the image (thresholds, vocabulary); part of the cache's key.
-        cache_size: detections kept, least recently used dropped first.
+        breaker: when a server is left alone.
         seed: of the retry delays.
     """
 
     def __init__(
         self,
-        grounded_sam: Any,
-        visual_expert: Any,
+        transport: Transport,
         timeout_s: float = 120.0,
         retry: RetryPolicy | None = None,
-        settings: str = "",
-        cache_size: int = 4096,
+        breaker: BreakerPolicy | None = None,
         seed: int | None = None,
     ) -> None:
         if not 0 < timeout_s < math.inf:
             raise ValueError(f"timeout_s must be positive and finite, got {timeout_s}")
-        self._grounded_sam = grounded_sam
-        self._visual_expert = visual_expert
+        self._transport = transport
         self._timeout_s = timeout_s
         self._retry = retry or RetryPolicy()
-        self._settings = settings
-        self._cache_size = cache_size
-        self._cache: OrderedDict[bytes, asyncio.Task[Detection | Failed]] = OrderedDict()
+        policy = breaker or BreakerPolicy()
+        self._breakers: defaultdict[str, CircuitBreaker] = defaultdict(lambda: CircuitBreaker(policy))
         self._rng = random.Random(seed)
-        self.stats = {GROUNDED_SAM: ServerStats(), QWEN_VL: ServerStats()}
+        self.stats: defaultdict[str, ServerStats] = defaultdict(ServerStats)
+        """By server."""
 
-    async def objects(self, image: np.ndarray) -> Detection | Failed:
-        """Objects of an LR image uint8 [H, W, 3]; equal images are asked once, also at the same time.
+    def left_alone(self) -> tuple[str, ...]:
+        """Servers that failed again and again and are not asked for a while."""
+        return tuple(server for server, breaker in self._breakers.items() if breaker.left_alone)
 
-        A failure is not kept: the next call asks again.
+    async def objects(
+        self, image: np.ndarray, names: Sequence[str] | None = None, masks: bool = False
+    ) -> Detection | Failed:
+        """Objects in an image uint8 [H, W, 3].
+
+        Args:
+            image: RGB.
+            names: what to look for; None: the server's vocabulary.
+            masks: whether to answer masks too.
         """
-        key = _content_key(image, self._settings)
-        task = self._cache.get(key)
-        if task is None:
-            task = asyncio.create_task(self._detect(image))
-            task.add_done_callback(lambda done: self._forget_failure(key, done))
-            self._cache[key] = task
-            while len(self._cache) > self._cache_size:
-                self._cache.popitem(last=False)
-        else:
-            self._cache.move_to_end(key)
-            self.stats[GROUNDED_SAM].cached += 1
-        # One caller that is cancelled must not take the answer from the others.
-        return await asyncio.shield(task)
+        arguments = {"image": image, "names": None if names is None else list(names), "masks": masks}
+        return await self._request(GROUNDED_SAM, "objects", arguments, answers.detection)
 
     async def judge(self, lr: np.ndarray, images: Sequence[np.ndarray], seed: int) -> list[Judgement] | Failed:
         """The expert's scores of a group's images uint8 [H, W, 3], in their order.
@@ -144,62 +110,126 @@ class RewardClient:
             images: restorations, of one size.
             seed: of the order in which the expert sees them.
         """
+        arguments = {"lr": lr, "images": list(images), "seed": seed}
+        return await self._request(QWEN_VL, "judge", arguments, partial(answers.judgements, count=len(images)))
 
-        def ask() -> Awaitable[Any]:
-            return self._visual_expert.judge.remote(sent_lr, sent, seed)
+    async def caption(self, image: np.ndarray) -> Captions | Failed:
+        """Coarse, middle and fine text of an image uint8 [n, n, 3]."""
+        return await self._request(QWEN_VL, "caption", {"image": image}, answers.captions)
 
-        sent_lr, sent = _sendable(lr), [_sendable(image) for image in images]
-        return await self._request(QWEN_VL, ask, lambda answer: _check_judgements(answer, len(images)))
+    async def tag(self, image: np.ndarray) -> Tags | Failed:
+        """Names of the objects in an image uint8 [H, W, 3], as the visual expert sees them."""
+        return await self._request(QWEN_VL, "tag", {"image": image}, answers.tags)
 
-    async def _detect(self, image: np.ndarray) -> Detection | Failed:
-        sent = _sendable(image)
-        return await self._request(GROUNDED_SAM, lambda: self._grounded_sam.objects.remote(sent), _check_detection)
+    async def measure(self, images: Sequence[np.ndarray], reference: np.ndarray | None = None) -> Measurement | Failed:
+        """The server's metrics of images uint8 [H, W, 3]; ``reference`` is the truth for those that compare."""
+        arguments = {"images": list(images), "reference": reference}
+        return await self._request(IQA, "measure", arguments, partial(answers.measurement, count=len(images)))
 
-    def _forget_failure(self, key: bytes, task: asyncio.Task[Detection | Failed]) -> None:
-        if task.cancelled() or task.exception() is not None or isinstance(task.result(), Failed):
-            self._cache.pop(key, None)
+    async def score(self, server: str, lr: np.ndarray, images: Sequence[np.ndarray]) -> list[float] | Failed:
+        """The reward in [0, 1] of each image uint8 [H, W, 3], of a server of the user's own (``reward.extra``)."""
+        arguments = {"lr": lr, "images": list(images)}
+        return await self._request(server, "score", arguments, partial(answers.shares, count=len(images)))
+
+    async def close(self) -> None:
+        """Give the transport's connections back."""
+        await self._transport.close()
 
     async def _request(
-        self, server: str, ask: Callable[[], Awaitable[Any]], check: Callable[[Any], Answer]
+        self, server: str, method: str, arguments: Mapping[str, Any], check: Callable[[Any], Answer]
     ) -> Answer | Failed:
         """Send until a usable answer comes, the attempts or the time run out, or the request itself is bad."""
-        stats, started = self.stats[server], time.monotonic()
-        deadline = started + self._timeout_s
-        reason = ""
-        result: Answer | Failed | None = None
-        attempt = 0
-        while result is None:
-            try:
-                result = check(await asyncio.wait_for(_awaited(ask), self._attempt_seconds(deadline)))
-            except TimeoutError:
-                reason = "no answer in time"
-            except (TypeError, ValueError) as error:  # the request is at fault: sending it again cannot help
-                result = Failed(f"{server} refused the request: {_message(error)}")
-            except BackPressureError as error:
-                reason = f"its queue is full: {_message(error)}"
-            except Exception as error:
-                # Whatever a server, its replica or Ray raises ends as a reason; nothing here may end a run.
-                reason = _message(error)
-            attempt += 1
-            if result is None:
-                result = await self._before_retry(server, attempt, deadline, reason)
-        seconds = time.monotonic() - started
+        started = time.monotonic()
+
+        async def ask() -> Answer:
+            return check(await self._transport.call(server, method, arguments))
+
+        result = await self._until_answered(server, ask, started + self._timeout_s)
+        seconds, stats = time.monotonic() - started, self.stats[server]
         stats.count += 1
         stats.failures += isinstance(result, Failed)
         stats.seconds += seconds
         stats.max_seconds = max(stats.max_seconds, seconds)
         return result
 
-    async def _before_retry(self, server: str, attempt: int, deadline: float, reason: str) -> Failed | None:
-        """Wait before the next attempt; Failed if there is none."""
-        if attempt >= self._retry.attempts:
-            return Failed(f"{server} failed {attempt} times; last: {reason}")
-        delay = self._retry.delay(attempt - 1, self._rng)
-        if time.monotonic() + delay >= deadline:
-            return Failed(f"{server} gave no answer within {self._timeout_s:g} s ({attempt} attempts); last: {reason}")
-        await asyncio.sleep(delay)
-        self.stats[server].retries += 1
-        return None
+    async def _until_answered(
+        self, server: str, ask: Callable[[], Awaitable[Answer]], deadline: float
+    ) -> Answer | Failed:
+        breaker, longest = self._breakers[server], self._retry.attempt_timeout_s
+        reason, tried, failed = "", 0, 0
+        while True:
+            if (attempt := await breaker.passes(deadline)) is None:
+                return self._late(server, tried, reason or "it is left alone after failing again and again")
+            seconds = self._attempt_seconds(deadline)
+            whole = not tried or seconds == longest
+            answer = await self._attempt(server, ask, attempt, seconds, whole)
+            if not isinstance(answer, _NoAnswer):
+                return answer
+            tried, failed, reason = tried + 1, failed + answer.counts, answer.reason or reason
+            if failed >= self._retry.attempts:
+                return Failed(f"{server} failed {failed} times; last: {reason}")
+            delay = self._retry.delay(tried - 1, self._rng)
+            if time.monotonic() + delay >= deadline:
+                return self._late(server, tried, reason)
+            await asyncio.sleep(delay)
+            self.stats[server].retries += 1
+
+    def _late(self, server: str, attempts: int, reason: str) -> Failed:
+        return Failed(f"{server} gave no answer within {self._timeout_s:g} s ({attempts} attempts); last: {reason}")
+
+    async def _attempt(
+        self, server: str, ask: Callable[[], Awaitable[Answer]], attempt: Attempt, seconds: float, whole: bool
+    ) -> Answer | Failed | _NoAnswer:
+        """One attempt; Failed where another one cannot help.
+
+        Args:
+            seconds: that it may take.
+            whole: whether that is its full time; what the request's deadline cuts short tells nothing of the server.
+        """
+        breaker = self._breakers[server]
+        try:
+            answer = await asyncio.wait_for(self._hedged(server, ask), seconds)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                breaker.given_up(attempt)
+                raise
+            breaker.failed(attempt)  # not the caller's: Serve hands on what was cancelled inside a replica
+            return _NoAnswer("the server cancelled the request")
+        except TimeoutError:
+            if whole:
+                breaker.failed(attempt)
+            else:
+                breaker.given_up(attempt)
+            return _NoAnswer("no answer in time" if whole else "")
+        except (TypeError, ValueError) as error:
+            breaker.succeeded()
+            return Failed(f"{server} refused the request: {message(error)}")
+        except OverloadedError as error:  # it works, and hard: no reason to leave it alone
+            breaker.succeeded()
+            return _NoAnswer(f"its queue is full: {message(error)}", counts=False)
+        except Exception as error:
+            # Whatever a server, its replica or Ray raises ends as a reason; nothing here may end a run.
+            breaker.failed(attempt)
+            return _NoAnswer(message(error))
+        breaker.succeeded()
+        return answer
+
+    async def _hedged(self, server: str, ask: Callable[[], Awaitable[Answer]]) -> Answer:
+        """The first usable answer of a request and, if it takes long, of a second one like it."""
+        if self._retry.hedge_after_s is None:
+            return await ask()
+        running: set[asyncio.Future[Answer]] = {asyncio.ensure_future(ask())}
+        try:
+            done, _ = await asyncio.wait(running, timeout=self._retry.hedge_after_s)
+            if not done:
+                self.stats[server].hedged += 1
+                running.add(asyncio.ensure_future(ask()))
+            return await _first_success(running)
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
 
     def _attempt_seconds(self, deadline: float) -> float:
         left = max(deadline - time.monotonic(), 0.0)
@@ -207,49 +237,30 @@ class RewardClient:
         return left if longest is None else min(left, longest)
 
 
-async def _awaited(ask: Callable[[], Awaitable[Any]]) -> Any:
-    response = ask()
-    try:
-        return await response
-    except asyncio.CancelledError:
-        # Given up here: the replica should not go on working for nobody. Serve's responses can be cancelled.
-        if hasattr(response, "cancel"):
-            response.cancel()
-        raise
+@dataclass(frozen=True)
+class _NoAnswer:
+    """An attempt that failed in a way that another one may not.
+
+    Attributes:
+        reason: empty if an earlier one says more.
+        counts: as one of ``RetryPolicy.attempts``.
+    """
+
+    reason: str
+    counts: bool = True
 
 
-def _content_key(image: np.ndarray, settings: str) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{settings}|{image.dtype}|{image.shape}|".encode())
-    digest.update(np.ascontiguousarray(image).tobytes())
-    return digest.digest()
+async def _first_success(tasks: set[asyncio.Future[Answer]]) -> Answer:
+    """The first result; the last error if there is none."""
+    pending = set(tasks)
+    while True:
+        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        answered = [task for task in done if task.exception() is None]
+        if answered or not pending:
+            return (answered or list(done))[0].result()
 
 
-def _sendable(image: np.ndarray) -> np.ndarray | ray.ObjectRef:
-    return ray.put(image) if image.nbytes >= _BY_REFERENCE and ray.is_initialized() else image
-
-
-def _check_detection(answer: Any) -> Detection:
-    if not isinstance(answer, Detection):
-        raise RewardServerError(f"the answer is no Detection but {type(answer).__name__}")
-    for item in answer.objects:
-        if not (0 <= item.score <= 1 and 0 <= item.mask_area <= 1 and all(map(math.isfinite, item.box))):
-            raise RewardServerError(f"an object has an impossible score, area or box: {item}")
-    return answer
-
-
-def _check_judgements(answer: Any, count: int) -> list[Judgement]:
-    if not isinstance(answer, list) or not all(isinstance(item, Judgement) for item in answer):
-        raise RewardServerError(f"the answer is no list of Judgements but {type(answer).__name__}")
-    if len(answer) != count:
-        raise RewardServerError(f"{len(answer)} judgements for {count} images")
-    for item in answer:
-        if not all(0 <= value <= EXPERT_SCALE for value in (item.quality, item.realism, item.consistency)):
-            raise RewardServerError(f"a judgement lies outside [0, {EXPERT_SCALE:g}]: {item}")
-    return answer
-
-
-def _message(error: BaseException) -> str:
+def message(error: BaseException) -> str:
     """Type and last line: Ray puts the remote traceback before the message."""
     cause = getattr(error, "cause", None) or error
     lines = str(cause).strip().splitlines()

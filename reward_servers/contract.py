@@ -70,3 +70,7 @@ class Measurement:
 
 class RewardServerError(RuntimeError):
     """A server could not give a usable answer; the message says why."""
+
+
+class OverloadedError(RewardServerError):
+    """A server's queue is full; it is worth asking again later."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -139,19 +140,7 @@ class Detector:
 
     def prompts(self, names: tuple[str, ...]) -> list[_Prompt]:
         """Tokenised prompts that hold all names. Raises ValueError for one that the tokenizer does not know."""
-        tokenizer = self._processor.tokenizer
-        ids = {name: tokenizer(name, add_special_tokens=False).input_ids for name in names}
-        unknown = [name for name in names if tokenizer.unk_token_id in ids[name]]
-        if unknown:
-            raise ValueError(
-                f"grounded_sam: the tokenizer of {self.config.detector} does not know {', '.join(unknown)}"
-            )
-        full_stop = tokenizer.convert_tokens_to_ids(".")
-        prompts = []
-        for chunk in chunk_vocabulary(names, lambda name: len(ids[name]), self._model.config.max_text_len):
-            tokens = tokenizer(prompt_text(chunk), return_tensors="pt").input_ids
-            prompts.append(_Prompt(chunk, tokens, phrase_spans(tokens[0].tolist(), full_stop)))
-        return prompts
+        return _prompts(self.config.detector, self._processor, self._model.config.max_text_len, names)
 
     def _run(self, pixels: Any, prompt: _Prompt) -> list[list[tuple[str, float, torch.Tensor]]]:
         """Per image: name, score and box (cx, cy, w, h as shares of the image) of every query that names something."""
@@ -180,6 +169,37 @@ class Detector:
         boxes = torch.cat([low, high], dim=1).clamp(0, 1) * scale
         kept = nms(boxes, scores, self.config.nms_iou)
         return Boxes(tuple(names[i] for i in kept), scores[kept], boxes[kept])
+
+
+def _prompts(checkpoint: str, processor: Any, longest: int, names: tuple[str, ...]) -> list[_Prompt]:
+    tokenizer = processor.tokenizer
+    ids = {name: tokenizer(name, add_special_tokens=False).input_ids for name in names}
+    unknown = [name for name in names if tokenizer.unk_token_id in ids[name]]
+    if unknown:
+        raise ValueError(f"grounded_sam: the tokenizer of {checkpoint} does not know {', '.join(unknown)}")
+    full_stop = tokenizer.convert_tokens_to_ids(".")
+    prompts = []
+    for chunk in chunk_vocabulary(names, lambda name: len(ids[name]), longest):
+        tokens = tokenizer(prompt_text(chunk), return_tensors="pt").input_ids
+        prompts.append(_Prompt(chunk, tokens, phrase_spans(tokens[0].tolist(), full_stop)))
+    return prompts
+
+
+def check_vocabulary(config: GroundedSamConfig) -> None:
+    """Refuse a vocabulary that a server could not start with, without loading its model.
+
+    A detector that is not in a folder of this machine is not asked what words it knows.
+
+    Raises:
+        ValueError: names that are bad by themselves, or unknown to the detector's tokenizer, or too long for it.
+    """
+    from transformers import AutoConfig, AutoProcessor
+
+    names = load_vocabulary(config.vocabulary)
+    if Path(config.detector).is_dir():
+        processor = _load(AutoProcessor, config.detector, "detector")
+        longest = _load(AutoConfig, config.detector, "detector").max_text_len
+        _prompts(config.detector, processor, longest, names)
 
 
 class Segmenter:

@@ -39,15 +39,15 @@ class IqaConfig:
         weights_dir: folder under which weight files are searched, before torch's hub folder.
         device: torch device of the models.
         threads: CPU threads of this process.
-        batch_size: most images of one model call. On a CPU networks get one image a call whatever it says: a batch is
-            no faster there, and would change the last digit of a value by what else is in it.
+        batch_size: most images of one model call; None: 16 on a GPU and 1 on a CPU, where a batch is no faster and
+            would change the last digit of a network's value by what else is in it.
     """
 
     metrics: tuple[str, ...]
     weights_dir: str | None = None
     device: str = "cpu"
     threads: int = 1
-    batch_size: int = 16
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.metrics if name not in IMAGE_METRICS]
@@ -55,8 +55,9 @@ class IqaConfig:
             raise ValueError(f"iqa.metrics: no {', '.join(unknown)}; there are {', '.join(IMAGE_METRICS)}")
         if not self.metrics or len(set(self.metrics)) < len(self.metrics):
             raise ValueError(f"iqa.metrics must name at least one metric and none twice, got {list(self.metrics)}")
-        for name in ("threads", "batch_size"):
-            check_count(f"iqa.{name}", getattr(self, name))
+        check_count("iqa.threads", self.threads)
+        if self.batch_size is not None:
+            check_count("iqa.batch_size", self.batch_size)
 
 
 def find_weights(config: IqaConfig) -> dict[str, Path]:
@@ -139,7 +140,7 @@ class Iqa:
 
     def _scores(self, name: str, jobs: Sequence[_Job]) -> list[float | str]:
         """The metric of each image, or why there is none."""
-        size = self.config.batch_size if self.config.device != "cpu" or not METRICS[name].weights else 1
+        size = self.config.batch_size or (1 if self.config.device == "cpu" else 16)
         scores: list[float | str] = [""] * len(jobs)
         for shape in dict.fromkeys(image.shape for image, _ in jobs):
             places = [place for place, (image, _) in enumerate(jobs) if image.shape == shape]

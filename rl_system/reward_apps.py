@@ -1,46 +1,66 @@
-"""Builders of the reward applications for a Serve configuration file (``serveConfigV2`` of ``k8s/``).
+"""Reward applications of a configuration: those that a run starts, and builders for a Serve configuration file.
 
-A builder takes ``args: {overrides: "experiment=toy reward..."}``, the overrides of ``rl-system train``. Numbers of
-replicas, queues and autoscaling are given in the Serve configuration itself.
+A builder (for ``serveConfigV2`` of ``k8s/`` and ``rl-system serve-rewards``) takes the overrides of ``rl-system
+train`` as a shell would quote them: ``args: {overrides: "experiment=toy ..."}``.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+import shlex
+from collections.abc import Callable
 
-from ray import serve
 from ray.serve import Application
 
-from reward_servers.deploy import GroundedSamReplica, RewardAppSpec, VisualExpertReplica
-from reward_servers.qwen_vl import process_environment
+from reward_servers.client import GROUNDED_SAM, IQA, QWEN_VL
+from reward_servers.deploy import custom_app, grounded_sam_app, iqa_app, visual_expert_app
 from rl_system import assembly
 from rl_system.config.compose import load_config
 from rl_system.config.schema import TrainConfig
+from rl_system.config.servers import own_servers
+
+
+def applications(config: TrainConfig) -> dict[str, Application]:
+    """The applications that a run of ``config`` starts, by name."""
+    return {name: _BUILD[name](config) if name in _BUILD else _extra(config, name) for name in own_servers(config)}
 
 
 def grounded_sam(args: dict[str, str]) -> Application:
     """Grounded-SAM. Raises ConfigError for bad overrides or missing checkpoints."""
     config = _config(args)
-    spec = assembly.detector_app(config)
-    return _application(GroundedSamReplica, spec, assembly.detector_config(config), spec.batch_size, spec.batch_wait_s)
+    return grounded_sam_app(assembly.detector_config(config), assembly.detector_app(config), http=True)
 
 
 def visual_expert(args: dict[str, str]) -> Application:
     """The visual expert. Raises ConfigError for bad overrides or missing checkpoints."""
     config = _config(args)
-    expert, spec = assembly.expert_config(config), assembly.expert_app(config)
-    options = dict(spec.ray_actor_options)
-    variables = process_environment(expert) | options["runtime_env"]["env_vars"]
-    options["runtime_env"] = {"env_vars": variables}
-    return _application(VisualExpertReplica, replace(spec, ray_actor_options=options), expert)
+    return visual_expert_app(assembly.expert_config(config), assembly.expert_app(config), http=True)
+
+
+def iqa(args: dict[str, str]) -> Application:
+    """The metrics of ``reward.expert``. Raises ConfigError for bad overrides or missing weights."""
+    config = _config(args)
+    return iqa_app(assembly.iqa_config(config), assembly.iqa_app(config), http=True)
 
 
 def _config(args: dict[str, str]) -> TrainConfig:
-    return load_config(args["overrides"].split())
+    return load_config(shlex.split(args["overrides"]))
 
 
-def _application(replica: type, spec: RewardAppSpec, *arguments: Any) -> Application:
-    decorated: Any = serve.deployment(replica)
-    deployment = decorated.options(name=spec.name, ray_actor_options=dict(spec.ray_actor_options))
-    return deployment.bind(*arguments)
+def _detector(config: TrainConfig) -> Application:
+    return grounded_sam_app(assembly.detector_config(config), assembly.detector_app(config))
+
+
+def _expert(config: TrainConfig) -> Application:
+    return visual_expert_app(assembly.expert_config(config), assembly.expert_app(config))
+
+
+def _metrics(config: TrainConfig) -> Application:
+    return iqa_app(assembly.iqa_config(config), assembly.iqa_app(config))
+
+
+def _extra(config: TrainConfig, name: str) -> Application:
+    extra = config.reward.extra[name]
+    return custom_app(extra.target, extra.options, assembly.app_spec(config, name))
+
+
+_BUILD: dict[str, Callable[[TrainConfig], Application]] = {GROUNDED_SAM: _detector, QWEN_VL: _expert, IQA: _metrics}

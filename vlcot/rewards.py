@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from vlcot.degradation.text import fraction_correct
@@ -45,12 +45,17 @@ METRIC_RANGES = MappingProxyType(
 
 @dataclass(frozen=True)
 class RewardWeights:
-    """Weights of the sum; the paper adds the four rewards (all 1)."""
+    """Weights of the sum; the paper adds the four rewards (all 1). ``extra``: further rewards, by name."""
 
     format: float = 1.0
     degradation: float = 1.0
     understanding: float = 1.0
     generation: float = 1.0
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, name: str) -> float:
+        """Weight of one reward. Raises KeyError for one that there is not."""
+        return float(getattr(self, name)) if name in COMPONENTS else self.extra[name]
 
 
 @dataclass(frozen=True)
@@ -126,11 +131,16 @@ def metrics_reward(values: Mapping[str, float]) -> Scored:
     return Scored(math.fsum(parts) / len(parts), dict(values))
 
 
+def component_names(seen: Iterable[str] = ()) -> tuple[str, ...]:
+    """The four components, then whatever else was ``seen``: rewards of the user's own."""
+    return tuple(dict.fromkeys((*COMPONENTS, *seen)))
+
+
 def total_reward(scores: Mapping[str, Score], weights: RewardWeights) -> float | None:
     """Weighted sum over the components that are present; None if one failed (the sample has no reward)."""
     if any(isinstance(score, Failed) for score in scores.values()):
         return None
-    return sum(getattr(weights, n) * s.value for n, s in scores.items() if isinstance(s, Scored))
+    return sum(weights.of(n) * s.value for n, s in scores.items() if isinstance(s, Scored))
 
 
 def _names(text: str, name: str) -> bool:

@@ -93,7 +93,7 @@ def test_an_unusable_answer_is_an_error_and_never_a_number(text: str, why: str) 
 
 
 @given(text=st.text(max_size=60) | st.recursive(st.none() | st.integers(), st.lists).map(json.dumps))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_parser_is_total(text: str) -> None:
     try:
         parse_answer(text, 1)

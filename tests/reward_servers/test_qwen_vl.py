@@ -7,6 +7,7 @@ the right form.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import time
 from collections.abc import Iterator
@@ -94,9 +95,9 @@ def test_scores_follow_the_truth_on_held_out_crops(server: Server) -> None:
     scores = [weighted(answer) for answer in answers]
     figures = expert_figures(graded, scores[:32], mixed, scores[32:])
     print(asdict(figures))
-    assert figures.severity <= -0.6  # 0.7 is required and not reached: tests/toy/test_qwen_vl_weights.py
+    assert figures.severity <= -0.7
     assert figures.psnr >= 0.6
-    assert figures.weak_psnr_within >= 0.2
+    assert figures.weak_psnr_within >= 0.4
     assert max(figures.flat, figures.static) < figures.truth / 2
 
 
@@ -232,7 +233,8 @@ def test_zz_a_dead_engine_is_an_error(server: Server) -> None:
     (group,) = graded_groups(1)
     server.run(server.expert.check_health())
     for process in server.processes:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # the worker ends with its engine
+            process.kill()
     psutil.wait_procs(server.processes, timeout=10)
     with pytest.raises(RewardServerError):
         server.judge_all([group])
