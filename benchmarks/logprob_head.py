@@ -9,9 +9,7 @@ Both sides are timed in turn in one process; peak memory is measured in a proces
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.figures import machine, output_option, write
 from vlcot.grammar import Support
 from vlcot.policy.logprobs import SupportTable, support_logprobs
 from vlcot.sequence import Layout, SequenceBuilder
@@ -69,9 +68,8 @@ class Problem:
     def masked(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The same with forbidden ids masked: the distribution of `allowed`."""
         logits = hidden @ weight.T
-        for kind, ids in self.table.rows.items():
-            forbidden = torch.ones(SIZE, dtype=torch.bool)
-            forbidden[ids] = False
+        for kind, index in self.table.index.items():
+            forbidden = index < 0
             logits = logits.masked_fill((self.supports == int(kind))[:, None] & forbidden, float("-inf"))
         logprobs = logits.gather(1, self.ids[:, None]).squeeze(1) - logits.logsumexp(1)
         return torch.where(self.supports == int(Support.FORCED), 0.0, logprobs)
@@ -118,7 +116,7 @@ def run(hidden: int, rounds: int) -> dict[str, float | int | str]:
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         full, allowed = (pool.apply(peak_bytes, (hidden, side)) for side in ("full", "allowed"))
     return {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": machine(),
         "hidden": hidden,
         "vocabulary": SIZE,
         "chain_tokens": len(problem.ids),
@@ -137,12 +135,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/logprob_head.json"))
+    output_option(parser, "logprob_head")
     args = parser.parse_args()
-    figures = run(args.hidden, args.rounds)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(figures, indent=2))
+    write(args.output, run(args.hidden, args.rounds))
 
 
 if __name__ == "__main__":

@@ -33,11 +33,6 @@ class TrainingSequence:
     group: int
     fresh: bool
 
-    @property
-    def length(self) -> int:
-        """Tokens of prompt and chain."""
-        return len(self.prompt) + len(self.sample.ids)
-
 
 @dataclass(frozen=True, eq=False)
 class StepBatch:
@@ -56,18 +51,22 @@ class StepBatch:
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """Whole sequences, right-padded, for one forward pass; every tensor but ``advantages`` and ``keep`` is [B, L].
+    """Prompts, and under each some of its chains, for one forward pass: N prompts of P tokens, B chains of S.
 
     Attributes:
-        input_ids: int64.
-        supports: uint8, FORCED in prompt and padding; a token counts in the loss where it is not FORCED.
-        behaviour: float32, log-probs of the sampler.
-        fresh: bool, loss tokens of samples wholly of the current version.
+        counts: chains of each prompt, in the order of the chains; N numbers.
+        prompt_ids: int64 [N, P].
+        chain_ids: int64 [B, S], right-padded.
+        supports: uint8 [B, S], FORCED in padding; a token counts in the loss where it is not FORCED.
+        behaviour: float32 [B, S], log-probs of the sampler.
+        fresh: bool [B, S], loss tokens of samples wholly of the current version.
         advantages: float32 [B].
         keep: bool [B]; False in a micro-batch that only takes part in the collectives.
     """
 
-    input_ids: torch.Tensor
+    counts: tuple[int, ...]
+    prompt_ids: torch.Tensor
+    chain_ids: torch.Tensor
     supports: torch.Tensor
     behaviour: torch.Tensor
     fresh: torch.Tensor
@@ -76,18 +75,19 @@ class MicroBatch:
 
     @property
     def token_mask(self) -> torch.Tensor:
-        """bool [B, L], True where a token was a choice."""
+        """bool [B, S], True where a token was a choice."""
         return self.supports != int(Support.FORCED)
 
     @property
     def sequence_index(self) -> torch.Tensor:
-        """int64 [B * L], row of each token."""
-        rows, columns = self.input_ids.shape
-        return torch.arange(rows, device=self.input_ids.device).repeat_interleave(columns)
+        """int64 [B * S], row of each token."""
+        rows, width = self.chain_ids.shape
+        return torch.arange(rows, device=self.chain_ids.device).repeat_interleave(width)
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on ``device``."""
-        return MicroBatch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        counts, *tensors = (getattr(self, name) for name in self.__dataclass_fields__)
+        return MicroBatch(counts, *(tensor.to(device) for tensor in tensors))
 
 
 def build_batch(groups: Sequence[ScoredGroup], version: int, spec: LearnerSpec) -> StepBatch:
@@ -165,56 +165,107 @@ def _staleness(samples: Sequence[Sample], version: int, bound: int) -> dict[str,
     return {"staleness/mean": float(np.mean(lags)), "staleness/max": float(max(lags))}
 
 
-def plan_micro_batches(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]]:
-    """Rows of each micro-batch of each rank: ``plan[rank][micro_batch]``, equally many on every rank.
+@dataclass(frozen=True)
+class Share:
+    """Chains of one group that are computed together, under one prompt.
 
-    Longest first to the rank with the fewest tokens, then packed by length so that rows times the longest
-    stay within ``budget`` tokens. Ranks with fewer micro-batches get empty ones: each forward and backward of
-    ZeRO-3 is collective, so every rank must run the same number.
+    Attributes:
+        rows: of the step's sequences.
+        prompt: tokens of the prompt.
+        width: tokens of the longest chain.
     """
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    shares: list[list[int]] = [[] for _ in range(ranks)]
+
+    rows: tuple[int, ...]
+    prompt: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        """Computed for it, padding included."""
+        return self.prompt + len(self.rows) * self.width
+
+
+def plan_micro_batches(sequences: Sequence[TrainingSequence], ranks: int, budget: int) -> list[list[tuple[Share, ...]]]:
+    """Shares of each micro-batch of each rank: ``plan[rank][micro_batch]``, equally many on every rank.
+
+    A group stays whole, so that its prompt is computed once, unless it exceeds ``budget`` tokens or there are fewer
+    groups than ranks. Largest share first to the rank with the fewest tokens; shares with prompts of one length go
+    together while prompts, and chains times the longest, stay within ``budget``. Ranks with fewer micro-batches get
+    empty ones: each forward and backward of ZeRO-3 is collective, so every rank must run the same number.
+    """
+    groups: dict[int, list[int]] = {}
+    for row, sequence in enumerate(sequences):
+        groups.setdefault(sequence.group, []).append(row)
+    least = -(-ranks // max(1, len(groups)))
+    shares = [share for rows in groups.values() for share in _shares(rows, sequences, budget, least)]
+    shares.sort(key=lambda share: (-share.tokens, share.rows))
+    of_ranks: list[list[Share]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
-    for row in order:
+    for share in shares:
         rank = loads.index(min(loads))
-        shares[rank].append(row)
-        loads[rank] += lengths[row]
-    plan = [_pack(share, lengths, budget) for share in shares]
+        of_ranks[rank].append(share)
+        loads[rank] += share.tokens
+    plan = [_pack(of_rank, budget) for of_rank in of_ranks]
     most = max(len(batches) for batches in plan)
-    return [batches + [[] for _ in range(most - len(batches))] for batches in plan]
+    return [batches + [()] * (most - len(batches)) for batches in plan]
 
 
-def _pack(rows: list[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """``rows`` come longest first, so the first of a micro-batch is its width."""
-    batches: list[list[int]] = []
-    for row in rows:
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
-            batches.append([])
-        batches[-1].append(row)
-    return batches
+def _shares(rows: list[int], sequences: Sequence[TrainingSequence], budget: int, least: int) -> list[Share]:
+    """One group in as few shares as the budget allows, at least ``least`` where it has so many chains."""
+    lengths = {row: len(sequences[row].sample.ids) for row in rows}
+    rows = sorted(rows, key=lambda row: -lengths[row])
+    prompt = len(sequences[rows[0]].prompt)
+    for number in range(min(least, len(rows)), len(rows) + 1):
+        cuts = [tuple(int(row) for row in part) for part in np.array_split(rows, number)]
+        shares = [Share(part, prompt, lengths[part[0]]) for part in cuts]
+        if all(share.tokens <= budget for share in shares):
+            break
+    return shares
 
 
-def collate(sequences: Sequence[TrainingSequence], pad: int) -> MicroBatch:
-    """Right-pad ``sequences`` to one micro-batch; what is padding follows from lengths, never from ids."""
-    shape = len(sequences), max(s.length for s in sequences)
-    input_ids = np.full(shape, pad, dtype=np.int64)
+def _pack(shares: list[Share], budget: int) -> list[tuple[Share, ...]]:
+    """``shares`` in micro-batches; those with more tokens than the budget are alone."""
+    batches: list[list[Share]] = []
+    for share in sorted(shares, key=lambda share: (-share.prompt, -share.width)):
+        if batches and share.prompt == batches[-1][0].prompt and _padded([*batches[-1], share]) <= budget:
+            batches[-1].append(share)
+        else:
+            batches.append([share])
+    return [tuple(batch) for batch in batches]
+
+
+def _padded(shares: Sequence[Share]) -> int:
+    """Tokens of a micro-batch of ``shares``, padding included."""
+    chains = sum(len(share.rows) for share in shares)
+    return sum(share.prompt for share in shares) + chains * max(share.width for share in shares)
+
+
+def collate(shares: Sequence[Sequence[TrainingSequence]], pad: int) -> MicroBatch:
+    """Chains of one prompt each in ``shares``; prompts have one length. Right-pads the chains.
+
+    What is padding follows from lengths, never from ids.
+    """
+    sequences = [sequence for share in shares for sequence in share]
+    shape = len(sequences), max(len(s.sample.ids) for s in sequences)
+    chain_ids = np.full(shape, pad, dtype=np.int64)
     supports = np.zeros(shape, dtype=np.uint8)
     behaviour = np.zeros(shape, dtype=np.float32)
     fresh = np.zeros(shape, dtype=bool)
     for row, sequence in enumerate(sequences):
-        start, end = len(sequence.prompt), sequence.length
-        input_ids[row, :start] = sequence.prompt
-        input_ids[row, start:end] = sequence.sample.ids
-        supports[row, start:end] = sequence.sample.supports
-        behaviour[row, start:end] = sequence.sample.logprobs
-        fresh[row, start:end] = sequence.fresh & (sequence.sample.supports != int(Support.FORCED))
+        sample, end = sequence.sample, len(sequence.sample.ids)
+        chain_ids[row, :end] = sample.ids
+        supports[row, :end] = sample.supports
+        behaviour[row, :end] = sample.logprobs
+        fresh[row, :end] = sequence.fresh & (sample.supports != int(Support.FORCED))
     return MicroBatch(
-        torch.from_numpy(input_ids),
-        torch.from_numpy(supports),
-        torch.from_numpy(behaviour),
-        torch.from_numpy(fresh),
-        torch.tensor([s.advantage for s in sequences], dtype=torch.float32),
-        torch.ones(len(sequences), dtype=torch.bool),
+        counts=tuple(len(share) for share in shares),
+        prompt_ids=torch.from_numpy(np.stack([share[0].prompt for share in shares]).astype(np.int64)),
+        chain_ids=torch.from_numpy(chain_ids),
+        supports=torch.from_numpy(supports),
+        behaviour=torch.from_numpy(behaviour),
+        fresh=torch.from_numpy(fresh),
+        advantages=torch.tensor([s.advantage for s in sequences], dtype=torch.float32),
+        keep=torch.ones(len(sequences), dtype=torch.bool),
     )
 
 
@@ -225,10 +276,12 @@ def idle_micro_batch(text_id: int) -> MicroBatch:
         text_id: any id of the TEXT support.
     """
     return MicroBatch(
-        input_ids=torch.full((1, 2), text_id, dtype=torch.int64),
-        supports=torch.tensor([[int(Support.FORCED), int(Support.TEXT)]], dtype=torch.uint8),
-        behaviour=torch.zeros(1, 2),
-        fresh=torch.zeros(1, 2, dtype=torch.bool),
+        counts=(1,),
+        prompt_ids=torch.full((1, 1), text_id, dtype=torch.int64),
+        chain_ids=torch.full((1, 1), text_id, dtype=torch.int64),
+        supports=torch.tensor([[int(Support.TEXT)]], dtype=torch.uint8),
+        behaviour=torch.zeros(1, 1),
+        fresh=torch.zeros(1, 1, dtype=torch.bool),
         advantages=torch.zeros(1),
         keep=torch.zeros(1, dtype=torch.bool),
     )

@@ -35,9 +35,11 @@ class LogprobModule(nn.Module):
         self.table = table
         self.temperature = temperature
 
-    def forward(self, input_ids: torch.Tensor, supports: torch.Tensor) -> torch.Tensor:
-        """float32 [B, L] from int64 and uint8 [B, L]; see :meth:`VlcotForCausalLM.token_logprobs`."""
-        return self.policy.token_logprobs(input_ids, self.table, supports, self.temperature)
+    def forward(
+        self, prompt_ids: torch.Tensor, chain_ids: torch.Tensor, supports: torch.Tensor, counts: tuple[int, ...]
+    ) -> torch.Tensor:
+        """float32 [B, S]; see :meth:`VlcotForCausalLM.chain_logprobs`."""
+        return self.policy.chain_logprobs(prompt_ids, chain_ids, supports, counts, self.table, self.temperature)
 
 
 def join_process_group(spec: LearnerSpec) -> torch.device:
@@ -74,12 +76,15 @@ class ShardedPolicy:
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
-        config = _deepspeed_config(spec)
+        config = _deepspeed_config(spec, offload=spec.offload_reference and not trainable)
         # transformers shards at load while this object is alive.
         self._sharded_load = HfDeepSpeedConfig(config)
         policy = VlcotForCausalLM.from_pretrained(
             path, dtype=getattr(torch, spec.dtype), attn_implementation="sdpa", local_files_only=True
         )
+        if trainable and spec.activation_checkpointing:
+            # The other kind compares shapes of kept and recomputed tensors, and ZeRO-3 frees parameters between them.
+            policy.gradient_checkpointing_enable({"use_reentrant": True})
         self.family = Family.from_pretrained(path)
         module = LogprobModule(policy, SupportTable.of(self.family.grammar, device), spec.temperature)
         module.train(trainable).requires_grad_(trainable)
@@ -88,8 +93,8 @@ class ShardedPolicy:
         self._ranks = torch.distributed.get_world_size()
 
     def logprobs(self, micro: MicroBatch) -> torch.Tensor:
-        """float32 [B, L] of the micro-batch's ids under these weights and the sampling distribution."""
-        return self._engine(micro.input_ids, micro.supports)
+        """float32 [B, S] of the chains' ids under these weights and the sampling distribution."""
+        return self._engine(micro.prompt_ids, micro.chain_ids, micro.supports, micro.counts)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of this rank's share ``loss`` to that of the step."""
@@ -158,14 +163,17 @@ def _adamw(module: nn.Module, spec: LearnerSpec) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas, eps=ADAM_EPS)
 
 
-def _deepspeed_config(spec: LearnerSpec) -> dict[str, Any]:
+def _deepspeed_config(spec: LearnerSpec, *, offload: bool) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": 3, "overlap_comm": spec.use_gpu}
+    if offload:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": spec.use_gpu}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": spec.max_grad_norm,
         "bf16": {"enabled": spec.dtype == "bfloat16"},
-        "zero_optimization": {"stage": 3, "overlap_comm": spec.use_gpu},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 31,

@@ -78,10 +78,10 @@ def grpo_step(
 def _micro_batches(batch: StepBatch, policy: ShardedPolicy, spec: LearnerSpec) -> list[MicroBatch]:
     """This rank's share."""
     vocabulary = policy.family.vocabulary
-    lengths = [s.length for s in batch.sequences]
-    plan = plan_micro_batches(lengths, dist.get_world_size(), spec.micro_batch_tokens)[dist.get_rank()]
+    plan = plan_micro_batches(batch.sequences, dist.get_world_size(), spec.micro_batch_tokens)[dist.get_rank()]
     idle = idle_micro_batch(int(vocabulary.text_ids[0]))
-    return [collate([batch.sequences[i] for i in rows], vocabulary.pad) if rows else idle for rows in plan]
+    shares = [[[batch.sequences[row] for row in share.rows] for share in micro] for micro in plan]
+    return [collate(micro, vocabulary.pad) if micro else idle for micro in shares]
 
 
 @torch.no_grad()

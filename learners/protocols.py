@@ -43,7 +43,7 @@ class ProgressSink(Protocol):
     """Whom rank 0 tells how far it is."""
 
     def started(self, start: LearnerStart) -> None:
-        """The group is up. After a restart (``start.step`` > 0) its weights have been pushed already."""
+        """The group is up. After a restart (``start.step`` > 0) the receivers serve its weights or later ones."""
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """``step`` is trained and version ``step`` of the weights is served: its slots may be released."""

@@ -32,8 +32,11 @@ class LearnerSpec:
         schedule: ``constant`` or ``cosine`` (to 0 at ``steps``).
         max_grad_norm: global gradient norm is clipped to this.
         epochs_per_batch: optimiser updates on each batch.
-        micro_batch_tokens: most tokens, padding included, of one forward pass; a longer sequence goes alone.
+        micro_batch_tokens: most tokens, padding included, of one forward pass, in which the samples of a group share
+            their prompt; what is longer goes alone.
         dtype: of the weights in forward, backward and push; the optimiser always holds float32.
+        activation_checkpointing: backward computes each layer's activations again instead of keeping them.
+        offload_reference: the frozen reference's shards are in host memory and come to the GPU layer by layer.
         seed: of everything random in a worker.
         threads: CPU threads per worker.
         bucket_bytes: size of one bucket of a weight push.
@@ -61,6 +64,8 @@ class LearnerSpec:
     epochs_per_batch: int = 1
     micro_batch_tokens: int = 16384
     dtype: Dtype = "float32"
+    activation_checkpointing: bool = False
+    offload_reference: bool = False
     seed: int = 0
     threads: int = 1
     bucket_bytes: int = 1 << 28

@@ -30,6 +30,10 @@ class Support(IntEnum):
     """Text and turn end: every image of the layout is drawn."""
 
 
+CHOICES = (Support.CODE, Support.TEXT, Support.LAST_TEXT)
+"""The supports with more than one id."""
+
+
 @dataclass(frozen=True, eq=False)
 class Grammar:
     """Grammar of one layout.

@@ -51,6 +51,9 @@ class Prompt:
         ids: int32 [P] prompt ids.
         lr_image: uint8 [H, W, 3] RGB, as it was taken (before up-scaling for the policy).
         degradation: true description of the degradation.
+        truth: uint8 [S, S, 3] RGB ground truth for metrics that compare with it, None where there is none; only the
+            scorer may look at it.
+        objects: names of the main objects where the data name them, lower case; None where they do not.
     """
 
     group_id: str
@@ -59,6 +62,8 @@ class Prompt:
     ids: np.ndarray
     lr_image: np.ndarray
     degradation: str
+    truth: np.ndarray | None = None
+    objects: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

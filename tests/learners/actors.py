@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,9 @@ class Counterpart:
     def report(self, step: int, metrics: dict[str, float]) -> None:
         self.reports.append((step, metrics))
 
+    def reported(self, step: int) -> bool:
+        return any(done == step for done, _ in self.reports)
+
     def checkpointed(self, step: int) -> None:
         self.checkpoints.append(step)
 
@@ -80,6 +84,9 @@ class Remote:
 
     def next_batch(self, step: int) -> list[ScoredGroup] | None:
         if ray.train.get_context().get_world_rank() == 1 and ray.get(self.actor.should_die.remote(step)):
+            # Rank 0 reports a step once it is pushed, and nothing else keeps this rank from being ahead of it.
+            while step > 1 and not ray.get(self.actor.reported.remote(step - 1)):
+                time.sleep(0.05)
             os._exit(9)
         return ray.get(self.actor.next_batch.remote(step))
 

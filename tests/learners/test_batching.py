@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learners.batching import build_batch, collate, idle_micro_batch, plan_micro_batches
+from learners.batching import (
+    MicroBatch,
+    TrainingSequence,
+    build_batch,
+    collate,
+    idle_micro_batch,
+    plan_micro_batches,
+)
 from learners.spec import LearnerSpec
 from tests.learners.synthetic import PlainPolicy, scored_groups, with_samples
 from vlcot.grammar import Support
@@ -107,40 +115,66 @@ def test_groups_that_do_not_fit_are_refused(groups: list[ScoredGroup], spec: Lea
         build_batch([with_samples(groups[0], versions=(VersionSpan(0, 0, 5),))], 0, spec)
 
 
+def lengths_only(groups: list[tuple[int, list[int]]]) -> list[TrainingSequence]:
+    """Sequences of these prompt and chain lengths."""
+    return [
+        TrainingSequence(np.zeros(prompt, np.int32), SimpleNamespace(ids=np.zeros(chain)), 0.0, group, True)
+        for group, (prompt, chains) in enumerate(groups)
+        for chain in chains
+    ]
+
+
 @given(
-    lengths=st.lists(st.integers(1, 60), max_size=40),
+    groups=st.lists(
+        st.tuples(st.sampled_from([5, 9]), st.lists(st.integers(1, 60), min_size=1, max_size=8)), max_size=9
+    ),
     ranks=st.integers(1, 5),
-    budget=st.integers(1, 200),
+    budget=st.integers(1, 300),
 )
-def test_plan_covers_every_row_once_and_keeps_ranks_in_step(lengths, ranks, budget) -> None:
+def test_plan_covers_every_row_once_and_keeps_ranks_in_step(groups, ranks, budget) -> None:
     """Pitfall 7: ZeRO-3 is collective, so every rank runs as many micro-batches."""
-    plan = plan_micro_batches(lengths, ranks, budget)
+    sequences = lengths_only(groups)
+    plan = plan_micro_batches(sequences, ranks, budget)
     assert len(plan) == ranks and len({len(batches) for batches in plan}) == 1
-    rows = sorted(row for batches in plan for rows in batches for row in rows)
-    assert rows == list(range(len(lengths)))
-    for batch in (rows for batches in plan for rows in batches if len(rows) > 1):
-        assert len(batch) * max(lengths[row] for row in batch) <= budget
-    loads = [sum(lengths[row] for rows in batches for row in rows) for batches in plan]
-    assert max(loads) - min(loads) <= max(lengths, default=0)
+    batches = [batch for of_rank in plan for batch in of_rank if batch]
+    rows = sorted(row for batch in batches for share in batch for row in share.rows)
+    assert rows == list(range(len(sequences)))
+    for batch in batches:
+        found = [[sequences[row] for row in share.rows] for share in batch]
+        assert len({len(s.prompt) for share in found for s in share}) == 1, "prompts of one length"
+        assert all(len({s.group for s in share}) == 1 for share in found), "chains of one prompt"
+        chains = [len(s.sample.ids) for share in found for s in share]
+        tokens = len(found) * len(found[0][0].prompt) + len(chains) * max(chains)
+        assert tokens <= budget or len(chains) == 1
+
+
+@given(st.integers(1, 6), st.integers(1, 5))
+def test_groups_that_fit_stay_whole_and_spread_over_ranks(groups, ranks) -> None:
+    """The prompt is computed once a group; fewer groups than ranks are cut so that nobody is idle."""
+    plan = plan_micro_batches(lengths_only([(40, [50] * 8)] * groups), ranks, 10_000)
+    shares = [share for of_rank in plan for batch in of_rank for share in batch]
+    loads = [sum(share.tokens for batch in of_rank for share in batch) for of_rank in plan]
+    if groups >= ranks:
+        assert len(shares) == groups
+    assert min(loads) > 0 and max(loads) - min(loads) <= max(share.tokens for share in shares)
 
 
 def test_padding_is_known_by_length_not_by_id(groups: list[ScoredGroup], spec: LearnerSpec) -> None:
     """Pitfall 19: the end-of-turn id used as padding, several of it in a chain or none: the same mask."""
     sequences = build_batch(groups, 0, spec).sequences[:3]
     turn_end = int(sequences[0].sample.ids[-1])
-    micro = collate(sequences, pad=turn_end)
+    micro = collate([sequences], pad=turn_end)
     for row, sequence in enumerate(sequences):
-        start = len(sequence.prompt)
+        length = len(sequence.sample.ids)
         mask = micro.token_mask[row].numpy()
-        np.testing.assert_array_equal(mask[start : sequence.length], sequence.sample.supports != int(Support.FORCED))
-        assert not mask[:start].any() and not mask[sequence.length :].any()
-        assert micro.token_mask[row, sequence.length - 1]
+        np.testing.assert_array_equal(mask[:length], sequence.sample.supports != int(Support.FORCED))
+        assert not mask[length:].any() and mask[length - 1]
 
 
 def test_image_tokens_are_trained_and_forced_ones_are_not(groups: list[ScoredGroup], spec: LearnerSpec) -> None:
     """Pitfall 20: a chain cut by its length is trained like any other; row ends carry no loss."""
     (sequence, *_) = build_batch(groups, 0, spec).sequences
-    micro = collate([sequence], pad=0)
+    micro = collate([[sequence]], pad=0)
     kinds = sequence.sample.supports
     assert sequence.sample.finish_reason == "length"
     assert (kinds == int(Support.CODE)).sum() > 0 and (kinds == int(Support.FORCED)).sum() > 0
@@ -151,16 +185,23 @@ def test_image_tokens_are_trained_and_forced_ones_are_not(groups: list[ScoredGro
 def test_padded_logprobs_equal_unpadded_ones(policy: PlainPolicy, groups: list[ScoredGroup], spec) -> None:
     """Pitfall 21: no shift at the prompt's end, in rows of any length."""
     sequences = build_batch(groups, 0, spec).sequences
-    micro = collate(sequences, pad=policy.family.vocabulary.pad)
-    with torch.no_grad():
-        logprobs = policy.model.token_logprobs(micro.input_ids, policy._table, micro.supports, 0.9)
-    torch.testing.assert_close(logprobs, micro.behaviour, rtol=0, atol=1e-5)
+    for group in range(3):  # their prompts have different lengths
+        micro = collate([[s for s in sequences if s.group == group]], pad=policy.family.vocabulary.pad)
+        with torch.no_grad():
+            logprobs = chain_logprobs(policy, micro)
+        torch.testing.assert_close(logprobs, micro.behaviour, rtol=0, atol=1e-5)
+
+
+def chain_logprobs(policy: PlainPolicy, micro: MicroBatch) -> torch.Tensor:
+    return policy.model.chain_logprobs(
+        micro.prompt_ids, micro.chain_ids, micro.supports, micro.counts, policy._table, 0.9
+    )
 
 
 def test_an_idle_micro_batch_gives_every_parameter_a_zero_gradient(policy: PlainPolicy) -> None:
     micro = idle_micro_batch(int(policy.family.vocabulary.text_ids[0]))
     policy.model.zero_grad()
-    logprobs = policy.model.token_logprobs(micro.input_ids, policy._table, micro.supports, 0.9)
+    logprobs = chain_logprobs(policy, micro)
     torch.where(micro.token_mask & micro.keep[:, None], logprobs, 0.0).sum().backward()
     for name, parameter in policy.model.named_parameters():
         assert parameter.grad is not None and not parameter.grad.any(), name

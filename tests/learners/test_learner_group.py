@@ -67,7 +67,7 @@ def expected(spec: LearnerSpec) -> Expected:
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}  # 15 by default: starves beside other work
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

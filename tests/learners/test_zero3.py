@@ -23,7 +23,7 @@ from vlcot.policy.family import Family
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 BUDGETS = {"many": 150, "one": 100_000}
-"""Micro-batches of one or two sequences, and a single one per rank."""
+"""Micro-batches of a few chains of one prompt, and one per length of the prompts."""
 SPLITS = [(ranks, split) for ranks in (1, 2) for split in BUDGETS]
 
 
@@ -79,6 +79,8 @@ def runs(
         }
         if ranks == 2:
             jobs["epochs"] = Job(off_policy(spec), mismatched(groups), directory / "epochs.pt")
+            lean = replace(spec, activation_checkpointing=True, offload_reference=True)
+            jobs["lean"] = Job(lean, groups, directory / "lean.pt")
         run_ranks(list(jobs.values()), ranks, directory)
         found |= {(ranks, split): torch.load(job.output) for split, job in jobs.items()}
     return found
@@ -123,6 +125,13 @@ def test_second_epoch_with_truncated_importance_sampling_equals_plain_torch(runs
         difference = (found["gradient"][name] - gradient).norm()
         assert difference <= 1e-3 * gradient.norm(), f"{name}: {difference / gradient.norm()}"
         assert (plain[name] - gradient).norm() > 1e-2 * gradient.norm(), name
+
+
+def test_checkpointed_activations_and_an_offloaded_reference_change_nothing(runs) -> None:
+    """To the bit: the same arithmetic is done again."""
+    for kind in ("gradient", "weights"):
+        for name, tensor in runs[2, "lean"][kind].items():
+            torch.testing.assert_close(tensor, runs[2, "many"][kind][name], rtol=0, atol=0, msg=name)
 
 
 def test_fresh_samples_have_ratio_one(runs) -> None:

@@ -60,11 +60,15 @@ def main(jobs_path: str, rank: str, ranks: str) -> None:
     os.environ |= {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank}
     jobs = pickle.loads(Path(jobs_path).read_bytes())
     meeting = f"file://{jobs_path}.meeting"
-    dist.init_process_group("gloo", meeting, timedelta(seconds=60), int(ranks), int(rank))
+    dist.init_process_group("gloo", meeting, timedelta(seconds=300), int(ranks), int(rank))
     join_process_group(jobs[0].spec)
     for job in jobs:
         run(job)
     dist.destroy_process_group()
+    sys.stderr.flush()
+    # Threads of gloo and autograd that ask for the interpreter while it ends abort the process, seldom but with all the
+    # work done (pytorch/pytorch#38228).
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.models.llama import modeling_llama as llama
 
+from vlcot.policy.attention import SharedPrompts, shared_prompt_attention
 from vlcot.policy.config import VlcotConfig
 from vlcot.policy.logprobs import SupportTable, support_logprobs
 
@@ -46,14 +47,19 @@ class VlcotAttention(llama.LlamaAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
+        shared_prompts: SharedPrompts | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Llama's attention on normalised queries and keys; hidden states [B, L, d]."""
+        """Llama's attention on normalised queries and keys; hidden states [B, L, d], or packed [1, L, d]."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         query, key = llama.apply_rotary_pos_emb(query, key, *position_embeddings)
+        if shared_prompts is not None:
+            key, value = (llama.repeat_kv(x, self.num_key_value_groups) for x in (key, value))
+            shared = shared_prompt_attention(query, key, value, shared_prompts, self.scaling)
+            return self.o_proj(shared.transpose(1, 2).flatten(2)), None
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = llama.ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -123,6 +129,44 @@ class VlcotForCausalLM(LlamaForCausalLM):
             temperature,
         )
         return nn.functional.pad(flat.view(hidden.shape[:2]), (1, 0))
+
+    def chain_logprobs(
+        self,
+        prompt_ids: torch.Tensor,
+        chain_ids: torch.Tensor,
+        supports: torch.Tensor,
+        counts: tuple[int, ...],
+        table: SupportTable,
+        temperature: float = 1.0,
+    ) -> torch.Tensor:
+        """:meth:`token_logprobs` of chains, each prompt computed once for all of its chains.
+
+        Args:
+            prompt_ids: int64 [N, P].
+            chain_ids: int64 [B, S], right-padded.
+            supports: uint8 [B, S]; FORCED (also padding) gives 0.
+            counts: chains of each prompt, in the order of the chains; they sum to B.
+            table: of the grammar.
+            temperature: of the sampling distribution.
+
+        Returns:
+            float32 [B, S].
+        """
+        (prompts, length), (chains, width) = prompt_ids.shape, chain_ids.shape
+        batch = SharedPrompts(counts, length, width)
+        positions = torch.arange(length + width, device=chain_ids.device)
+        positions = torch.cat([positions[:length].repeat(prompts), positions[length:].repeat(chains)])[None]
+        hidden = self.model.embed_tokens(torch.cat([prompt_ids.flatten(), chain_ids.flatten()])[None])
+        rotary = self.model.rotary_emb(hidden, position_ids=positions)
+        for layer in self.model.layers:
+            hidden = layer(hidden, position_embeddings=rotary, shared_prompts=batch)
+        hidden = self.model.norm(hidden)[0]
+        of_prompts, of_chains = hidden.split([prompts * length, chains * width])
+        last = of_prompts.view(prompts, length, -1)[:, -1]
+        first = torch.cat([row.expand(count, -1) for row, count in zip(last.split(1), counts, strict=True)])
+        before = torch.cat([first[:, None], of_chains.view(chains, width, -1)[:, :-1]], 1)
+        flat = self.lm_head(before.flatten(0, 1), table, chain_ids.flatten(), supports.flatten(), temperature)
+        return flat.view(chains, width)
 
 
 AutoModelForCausalLM.register(VlcotConfig, VlcotForCausalLM, exist_ok=True)
