@@ -18,12 +18,16 @@ import yaml
 
 from rl_system.config.compose import ConfigError, compose_config
 from rl_system.config.schema import TrainConfig
+from rl_system.config.servers import checkpoints, own_servers
 from rl_system.k8s.manifests import Manifest, Problem, RayClusterSpec, clusters, settings
 
 TRAIN = ["python", "-m", "rl_system", "train"]
 ENTRYPOINT = "rl-system/entrypoint"
 MOUNTS = {"runs": "/runs", "models": "/models"}
-POOL_OF_APP = {"grounded_sam": "reward-sam", "qwen_vl": "reward-vlm"}
+POOL_OF_APP = {"grounded_sam": "reward-sam", "qwen_vl": "reward-vlm", "iqa": "reward-vlm"}
+"""The metrics server takes the place of the visual expert, never a place beside it."""
+POOL_LABEL = "rl.io/pool"
+
 SETTING_OF = {"CPU": "cpu", "GPU": "gpus"}
 
 
@@ -66,7 +70,7 @@ def problems(manifests: list[Manifest]) -> Iterator[Problem]:
         bounds = ("max",) if cluster.manifest.kind == "RayService" else ("min", "max")
         try:
             wanted = {bound: _wanted(cluster.manifest, bound) for bound in bounds}
-        except ConfigError as error:
+        except ValueError as error:
             yield cluster.manifest.problem("the run", str(error), f"correct it in {_file(manifests)}")
             continue
         if cluster.manifest.kind != "RayService":
@@ -98,7 +102,8 @@ def training_requests(config: TrainConfig, bound: str) -> list[Request]:
         Request("learner rank", "learner", learner.ranks, ranks, learner.labels),
         *(
             _app_request(app, (app.autoscaling or {}).get(f"{bound}_replicas", app.num_replicas))
-            for app in (assembly.detector_app(config), assembly.expert_app(config))
+            for name, app in assembly.reward_apps(config).items()
+            if name in own_servers(config)
         ),
     ]
 
@@ -160,7 +165,14 @@ def _per_pod(group: Group, request: Request, name: str) -> int:
 def _app_request(app: Any, count: int) -> Request:
     options = app.ray_actor_options
     resources = {"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus", 0)}
-    return Request(f"{app.name} replica", POOL_OF_APP[app.name], count, resources, options.get("label_selector") or {})
+    labels = options.get("label_selector") or {}
+    pool = POOL_OF_APP.get(app.name) or labels.get(POOL_LABEL)
+    if pool is None:
+        raise ConfigError(
+            f"reward.extra.{app.name} has no worker group of its own: choose one by "
+            f"reward.extra.{app.name}.labels={{{POOL_LABEL}: reward-sam}}"
+        )
+    return Request(f"{app.name} replica", pool, count, resources, labels)
 
 
 def _training_config(manifest: Manifest) -> TrainConfig:
@@ -183,14 +195,7 @@ def _paths(manifest: Manifest, config: TrainConfig) -> Iterator[Problem]:
     if not config.output_dir.startswith(MOUNTS["runs"]):
         fix = f"set output_dir={MOUNTS['runs']}"
         yield manifest.problem("entrypoint", f"output_dir={config.output_dir} is lost with the pod", fix)
-    sam, expert = config.reward.grounded_sam, config.reward.qwen_vl
-    read = {
-        "policy.path": config.policy.path,
-        "policy.image_tokenizer": config.policy.image_tokenizer,
-        "reward.grounded_sam.detector": sam.detector,
-        "reward.grounded_sam.segmenter": sam.segmenter,
-        "reward.qwen_vl.model": expert.model,
-    }
+    read = checkpoints(config) | {"reward.iqa.weights_dir": config.reward.iqa.weights_dir or ""}
     for key, path in read.items():
         if Path(path).is_absolute() and not path.startswith(tuple(f"{m}/" for m in MOUNTS.values())):
             fix = f"put it under {' or '.join(MOUNTS.values())}, or give a path inside the image"
@@ -200,13 +205,13 @@ def _paths(manifest: Manifest, config: TrainConfig) -> Iterator[Problem]:
 def _service_requests(manifest: Manifest) -> list[Request]:
     from rl_system import assembly
 
-    config_of = {"grounded_sam": assembly.detector_app, "qwen_vl": assembly.expert_app}
+    config_of = {"grounded_sam": assembly.detector_app, "qwen_vl": assembly.expert_app, "iqa": assembly.iqa_app}
     wanted = []
     for app in _serve_config(manifest)["applications"]:
         if app["name"] not in config_of:
             raise ConfigError(f"serve-config: unknown application {app['name']}; known: {', '.join(config_of)}")
         _check_import(app["import_path"])
-        overrides = str((app.get("args") or {}).get("overrides", "")).split()
+        overrides = shlex.split(str((app.get("args") or {}).get("overrides", "")))
         spec = config_of[app["name"]](_composed(tuple(overrides)))
         (deployment,) = app["deployments"]
         scaling = deployment.get("autoscaling_config") or {}

@@ -177,8 +177,8 @@ def _job(job: Manifest) -> Iterator[Problem]:
         yield job.problem("spec.suspend", "needs shutdownAfterJobFinishes: true", "set it")
     if spec.get("clusterSelector"):
         yield job.problem("spec.clusterSelector", "the job brings its own cluster", "remove it, or use the RayCluster")
-    if retries:
-        fix = "set 0: a retry is a new cluster, and `train` refuses a run directory that exists"
+    if retries and "resume=auto" not in (spec.get("entrypoint") or ""):
+        fix = "set 0, or add resume=auto to the entrypoint: `train` refuses a run directory that exists"
         yield job.problem("spec.backoffLimit", f"{retries} retries could only fail", fix)
     if mode == "SidecarMode" and spec.get("submitterPodTemplate"):
         yield job.problem("spec.submitterPodTemplate", "has no meaning in SidecarMode", "remove it or the mode")

@@ -50,7 +50,7 @@ def test_every_workload_is_good_with_every_overlays_settings(overlay, schemas, t
     wanted["components"] = [f"../../components/{name}" for name in names]
     file.write_text(yaml.safe_dump(wanted))
     settings = folder / "settings.yaml"
-    settings.write_text(settings.read_text().replace('secrets: ""', 'secrets: "rewards-redis"'))
+    settings.write_text(settings.read_text().replace('secrets: ""', 'secrets: "rewards-redis reward-token"'))
     manifests, problems = check(folder, schemas)
     assert problems == []
     job = next(m for m in manifests if m.kind == "RayJob")

@@ -27,7 +27,7 @@ def test_a_stopping_pod_drains_its_own_node_and_no_other():
         def hook(pod: str) -> int:
             environment = os.environ | {"PATH": path, "RAY_ADDRESS": cluster.address, "RAY_CLOUD_INSTANCE_ID": pod}
             return subprocess.run(
-                [sys.executable, "-m", "rl_system.k8s.drain", "5"], env=environment, timeout=60
+                [sys.executable, "-m", "rl_system.k8s.drain", "5"], env=environment, timeout=180
             ).returncode
 
         gcs = GcsClient(address=cluster.address)

@@ -91,7 +91,7 @@ MISTAKES = {
         "restartPolicy",
         "set Never",
     ),
-    "retries": Mistake("dev-cpu", JOB, "backoffLimit: 0", "backoffLimit: 3", "spec.backoffLimit", "set 0"),
+    "retries": sizes("dev-cpu", " resume=auto", "", "spec.backoffLimit", "add resume=auto", named=JOB),
     "ttl of a cluster that stays": Mistake(
         "dev-cpu",
         JOB,
@@ -157,7 +157,9 @@ MISTAKES = {
         "containers[0].env",
         "secretKeyRef",
     ),
-    "undeclared secret": sizes("prod", '"rewards-redis"', '""', "secretKeyRef", "`secrets`", SERVICE),
+    "undeclared secret": sizes(
+        "prod", '"rewards-redis reward-token"', '"reward-token"', "secretKeyRef", "`secrets`", SERVICE
+    ),
     "latest image": sizes("dev-cpu", ":0.1.0", ":latest", "containers[0].image", "a tag other than latest", JOB),
     "min above max": sizes("dev-cpu", 'rollout-min: "1"', 'rollout-min: "5"', "minReplicas", "rollout-max", JOB),
     "shell in the entrypoint": sizes(
