@@ -69,12 +69,11 @@ class RolloutPool:
 
     # --- life -------------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Create the actors and wait until every engine answers (blocking).
+    def create(self) -> None:
+        """Create the actors; their engines start by themselves.
 
         Raises:
-            ValueError: the cluster has not the resources or no node with the labels, a checkpoint is missing.
-            TimeoutError: the actors were not ready in time.
+            ValueError: the cluster has not the resources, or no node with the labels.
         """
         from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
@@ -84,6 +83,16 @@ class RolloutPool:
         self._handles = [self._create(index) for index in range(self._num_actors)]
         self._manager = FaultTolerantActorManager(self._handles)
         self._outstanding = dict.fromkeys(self._manager.actor_ids(), 0)
+
+    def start(self) -> None:
+        """Create the actors, if that was not done, and wait until every engine answers (blocking).
+
+        Raises:
+            ValueError: as :meth:`create`, or a checkpoint is missing.
+            TimeoutError: the actors were not ready in time.
+        """
+        if not self._handles:
+            self.create()
         try:
             self._ready = ray.get([h.ready.remote() for h in self._handles], timeout=self._start_timeout_s)
         except GetTimeoutError as error:
@@ -133,14 +142,16 @@ class RolloutPool:
             ValueError: the prompt is too long.
         """
         reasons: list[str] = []
-        for _ in range(self._max_tries):
+        while len(reasons) < self._max_tries:
             actor_id = await self._healthy_actor()
             handle = self._manager.actors()[actor_id]
             version = await self._store.version.remote()
             self._outstanding[actor_id] += 1
             try:
                 return await handle.generate.remote(prompt, version)
-            except (RayActorError, EngineLostError, StaleWeightsError) as error:
+            except StaleWeightsError as error:
+                self._failed(actor_id, error)  # restarted while it was idle: no fault of the prompt
+            except (RayActorError, EngineLostError) as error:
                 self._failed(actor_id, error)
                 cause = getattr(error, "cause", error)  # RayTaskError carries the actor's own exception
                 reasons.append(f"actor {actor_id}: {type(cause).__name__}: {str(cause).splitlines()[0]}")
@@ -217,6 +228,8 @@ class RolloutPool:
                     if push is not None:
                         await self._manager.actors()[actor_id].catch_up.remote(push)
                     self._manager.set_actor_state(actor_id, healthy=True)
+                except EngineLostError:
+                    ray.kill(self._manager.actors()[actor_id], no_restart=False)
                 except RayActorError:
                     continue  # died again: stays unhealthy and is probed again
             await asyncio.sleep(0.1)

@@ -153,8 +153,7 @@ class RolloutActor:
             try:
                 output = await self._run(prompt)
             except EngineDeadError as error:
-                self._broken = "the vLLM engine died"
-                raise EngineLostError(f"{self.name}: the vLLM engine died") from error
+                raise self._lost("the vLLM engine died") from error
         raw = [_raw_sample(completion) for completion in output.outputs]
         samples = await asyncio.to_thread(build_samples, self._builder, self._decoder, raw)
         self._totals["tokens"] += sum(len(sample.ids) for sample in samples)
@@ -189,6 +188,10 @@ class RolloutActor:
             raise EngineLostError(f"{self.name}: vLLM ended request {request_id} without an answer")
         return last
 
+    def _lost(self, reason: str) -> EngineLostError:
+        self._broken = reason
+        return EngineLostError(f"{self.name}: {reason}")
+
     # --- weights ----------------------------------------------------------------------------------------
 
     async def begin(self, version: int, layout: Sequence[Bucket]) -> None:
@@ -210,6 +213,7 @@ class RolloutActor:
 
         Raises:
             PushLostError: the push was not begun in this process, or a bucket is missing.
+            EngineLostError: the engine is dead.
             RuntimeError: a checksum differs, with the tensor's name. If it differs on arrival the old weights
                 go on serving; after loading, the actor stays paused and refuses to generate.
         """
@@ -228,24 +232,30 @@ class RolloutActor:
 
     async def _verify(self, push: IncomingPush, checksums: Mapping[str, int]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         request = WeightTransferUpdateRequest(push.update_info("verify", checksums))
         try:
             await self._engine.start_weight_update()
             await self._engine.update_weights(request)
+        except EngineDeadError as error:
+            raise self._lost("the vLLM engine died") from error
         except Exception as error:
             raise RuntimeError(f"{self.name} refused weights {push.version}: {error}") from error
 
     async def _load(self, push: IncomingPush, checksums: Mapping[str, int]) -> dict[str, float]:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         request = WeightTransferUpdateRequest(push.update_info("load", checksums))
         started = time.perf_counter()
-        await self._engine.pause_generation(mode="keep", clear_cache=False)
-        paused = time.perf_counter()
         try:
+            await self._engine.pause_generation(mode="keep", clear_cache=False)
+            paused = time.perf_counter()
             await self._engine.update_weights(request)
             await self._engine.finish_weight_update(weight_version=str(push.version))
+        except EngineDeadError as error:
+            raise self._lost("the vLLM engine died") from error
         except Exception as error:
             self._broken = f"loading weights {push.version} failed: {error}"
             raise RuntimeError(f"{self.name}: {self._broken}") from error

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vlcot.grammar import ChainState, Grammar, Support
+from vlcot.grammar import CHOICES, ChainState, Grammar, Support
 
 
 class SupportMasks:
@@ -17,7 +17,7 @@ class SupportMasks:
 
     def __init__(self, grammar: Grammar, device: torch.device | str = "cpu") -> None:
         forbidden = torch.ones(len(Support), grammar.vocabulary.size, dtype=torch.bool)
-        for support in (Support.CODE, Support.TEXT, Support.LAST_TEXT):
+        for support in CHOICES:
             forbidden[support, torch.from_numpy(grammar.support_ids(support))] = False
         self._forbidden = forbidden.to(device)
 

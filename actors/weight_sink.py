@@ -10,7 +10,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
-from actors.errors import PushLostError
+from actors.errors import EngineLostError, PushLostError
 from actors.push import LoadReport
 from vlcot.weights import Bucket, PushReport
 
@@ -21,7 +21,7 @@ class ActorWeightSink:
     """A :class:`vlcot.weights.WeightSink` over rollout actors. Picklable.
 
     An actor that dies during a push is left out of it: the pool brings it up to date from the store before it
-    serves again. One push at a time.
+    serves again. A push of weights older than those that the actors serve goes nowhere. One push at a time.
 
     Args:
         actors: handles of :class:`actors.rollout_actor.RolloutActor`.
@@ -34,6 +34,7 @@ class ActorWeightSink:
         self._store = store
         self._timeout_s = timeout_s
         self._version = -1
+        self._served = 0
         self._nbytes = 0
         self._live: list[ActorHandle] = []
         self._calls: list[tuple[ActorHandle, Any]] = []
@@ -49,13 +50,15 @@ class ActorWeightSink:
         layout = tuple(layout)
         self._version = version
         self._nbytes = sum(spec.nbytes for bucket in layout for spec in bucket)
-        self._live = list(self._actors)
-        ray.get(self._store.begin.remote(version, layout), timeout=self._timeout_s)
+        self._served = ray.get(self._store.begin.remote(version, layout), timeout=self._timeout_s)
+        self._live = [] if self._served > version else list(self._actors)
         self._calls = []
         self._call_all(lambda actor: actor.begin.remote(version, layout))
 
     def send(self, index: int, data: np.ndarray) -> None:
         """Hand over bucket ``index``: stored once, fetched by every actor; returns before it has arrived."""
+        if self._served > self._version:
+            return
         bucket: ray.ObjectRef = ray.get(self._store.put.remote(index, data), timeout=self._timeout_s)[0]
         self._call_all(lambda actor: actor.receive.remote(self._version, index, bucket))
 
@@ -66,6 +69,8 @@ class ActorWeightSink:
             RuntimeError: a checksum differs or loading failed, with the tensor and the actor.
             ray.exceptions.GetTimeoutError: an actor did not answer in time.
         """
+        if self._served > self._version:
+            return PushReport(self._served, dict.fromkeys(PHASES, 0.0), 0, 0)
         self._collect()
         self._call_all(lambda actor: actor.finish.remote(self._version, dict(checksums)))
         reports: list[LoadReport] = self._collect()
@@ -79,12 +84,12 @@ class ActorWeightSink:
         self._calls += [(actor, call(actor)) for actor in self._live]
 
     def _collect(self) -> list[Any]:
-        """Results of the open calls; an actor that died, or lost the push by a restart, leaves the push."""
+        """Results of the open calls; an actor that died, lost its engine or the push by a restart, leaves the push."""
         results = []
         for actor, reference in self._calls:
             try:
                 results.append(ray.get(reference, timeout=self._timeout_s))
-            except (RayActorError, PushLostError):
+            except (RayActorError, EngineLostError, PushLostError):
                 self._live = [other for other in self._live if other != actor]
         self._calls = []
         return results

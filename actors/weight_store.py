@@ -23,9 +23,18 @@ class WeightStore:
         self._layout: tuple[Bucket, ...] = ()
         self._buckets: dict[int, ray.ObjectRef] = {}
 
-    def begin(self, version: int, layout: Sequence[Bucket]) -> None:
-        """Expect a push; one that was not committed is dropped."""
-        self._version, self._layout, self._buckets = version, tuple(layout), {}
+    def begin(self, version: int, layout: Sequence[Bucket]) -> int:
+        """Expect a push, unless later weights are committed; one that was not committed is dropped.
+
+        A learner that died goes on from its checkpoint and pushes again what it pushed before. Were the actors to go
+        back with it, groups that are generated meanwhile would be too old for the step that they are for.
+
+        Returns:
+            Version of the last committed push; later than ``version``: the push is not wanted.
+        """
+        if version >= self.version():
+            self._version, self._layout, self._buckets = version, tuple(layout), {}
+        return self.version()
 
     def put(self, index: int, data: np.ndarray) -> list[ray.ObjectRef]:
         """Keep bucket ``index``; its reference, in a list (Ray would resolve a bare one)."""

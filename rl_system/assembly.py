@@ -10,22 +10,26 @@ from typing import Any
 from actors.nodes import offered, said
 from actors.spec import RolloutSpec
 from learners.spec import LearnerSpec
-from reward_servers.client import GROUNDED_SAM, QWEN_VL
-from reward_servers.deploy import RewardAppSpec
+from reward_servers.breaker import BreakerPolicy
+from reward_servers.client import GROUNDED_SAM, IQA, QWEN_VL, RewardClient
+from reward_servers.deploy import RewardAppSpec, with_environment
 from reward_servers.detection import MainRule
 from reward_servers.grounded_sam import GroundedSamConfig
-from reward_servers.qwen_vl import VisualExpertConfig
-from rl_system.config.schema import (
-    AutoscalingConfig,
-    GroundedSamServerConfig,
-    TrainConfig,
-    VisualExpertServerConfig,
-)
+from reward_servers.iqa import IqaConfig
+from reward_servers.policies import FailFast, FailurePolicy, MinViableGroup, RetryThenDrop
+from reward_servers.qwen_vl import VisualExpertConfig, process_environment
+from reward_servers.retry import RetryPolicy
+from reward_servers.transports import Transport
+from rl_system.config.schema import AutoscalingConfig, TrainConfig
+from rl_system.config.servers import ServerConfig, own_servers, server_config, servers
 from rl_system.coordination.coordinator import Plan
-from rl_system.coordination.scoring import MinViableGroup
+from rl_system.coordination.experts import CustomReward, Expert, MetricExpert, VisualExpert
+from rl_system.coordination.objects import DetectedObjects, GivenObjects, ObjectSource, TaggedObjects
+from rl_system.coordination.scoring import Scorer
 from rl_system.data.rows import ImageFolder, RowSource, ToyPhotographs
 from vlcot.grpo import AdvantageConfig, LossConfig
 from vlcot.policy.family import Family
+from vlcot.rewards import METRIC_EXPERTS, ExpertWeights, RewardWeights
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ def learner_spec(config: TrainConfig) -> LearnerSpec:
         max_grad_norm=learner.max_grad_norm,
         epochs_per_batch=learner.epochs_per_batch,
         micro_batch_tokens=learner.micro_batch_tokens,
+        activation_checkpointing=learner.activation_checkpointing,
+        offload_reference=learner.offload_reference,
         dtype=learner.dtype,  # type: ignore[arg-type]
         seed=config.seed,
         threads=learner.threads,
@@ -104,7 +110,7 @@ def detector_config(config: TrainConfig) -> GroundedSamConfig:
     return GroundedSamConfig(
         detector=sam.detector,
         segmenter=sam.segmenter,
-        vocabulary=tuple(sam.vocabulary),
+        vocabulary=sam.vocabulary if isinstance(sam.vocabulary, str) else tuple(sam.vocabulary),
         box_threshold=sam.box_threshold,
         text_threshold=sam.text_threshold,
         nms_iou=sam.nms_iou,
@@ -116,13 +122,7 @@ def detector_config(config: TrainConfig) -> GroundedSamConfig:
 
 def detector_app(config: TrainConfig) -> RewardAppSpec:
     """How the Grounded-SAM server runs."""
-    sam = config.reward.grounded_sam
-    return RewardAppSpec(
-        GROUNDED_SAM,
-        num_replicas=sam.replicas,
-        autoscaling=_autoscaling(sam.autoscaling),
-        ray_actor_options=_replica_options(sam),
-    )
+    return app_spec(config, GROUNDED_SAM)
 
 
 def expert_config(config: TrainConfig) -> VisualExpertConfig:
@@ -134,6 +134,9 @@ def expert_config(config: TrainConfig) -> VisualExpertConfig:
         max_model_len=expert.max_model_len,
         kv_cache_gib=None if expert.num_gpus else expert.kv_cache_gib,
         dtype=expert.dtype,
+        repeats=expert.repeats,
+        retries=expert.retries,
+        rationale=expert.rationale,
         seed=config.seed,
         threads=expert.threads,
         tensor_parallel_size=expert.tensor_parallel_size,
@@ -144,13 +147,88 @@ def expert_config(config: TrainConfig) -> VisualExpertConfig:
 
 def expert_app(config: TrainConfig) -> RewardAppSpec:
     """How the visual expert runs."""
-    expert = config.reward.qwen_vl
-    return RewardAppSpec(
-        QWEN_VL,
-        num_replicas=expert.replicas,
-        autoscaling=_autoscaling(expert.autoscaling),
-        ray_actor_options=_replica_options(expert),
+    return app_spec(config, QWEN_VL)
+
+
+def iqa_config(config: TrainConfig) -> IqaConfig:
+    """Settings of the metrics server: the expert's metrics, or those of them that were chosen."""
+    iqa = config.reward.iqa
+    return IqaConfig(
+        metrics=tuple(iqa.metrics) or METRIC_EXPERTS[config.reward.expert],
+        weights_dir=iqa.weights_dir,
+        device="cuda" if iqa.num_gpus else "cpu",
+        threads=iqa.threads,
     )
+
+
+def iqa_app(config: TrainConfig) -> RewardAppSpec:
+    """How the metrics server runs."""
+    return app_spec(config, IQA)
+
+
+def reward_apps(config: TrainConfig) -> dict[str, RewardAppSpec]:
+    """How each reward server that a run asks is to run, by name."""
+    return {name: app_spec(config, name) for name in servers(config)}
+
+
+def app_spec(config: TrainConfig, name: str) -> RewardAppSpec:
+    """How one reward server runs."""
+    server = server_config(config, name)
+    spec = RewardAppSpec(
+        name,
+        num_replicas=server.replicas,
+        autoscaling=_autoscaling(server.autoscaling),
+        ray_actor_options=_replica_options(server),
+    )
+    return with_environment(spec, process_environment(expert_config(config))) if name == QWEN_VL else spec
+
+
+def scorer(config: TrainConfig, client: RewardClient) -> Scorer:
+    """The rewards of the run, asked for through ``client``."""
+    reward = config.reward
+    expert: Expert
+    if reward.expert in METRIC_EXPERTS:
+        expert = MetricExpert(client, iqa_config(config).metrics, with_truth=reward.expert == "perceptual")
+    else:
+        expert = VisualExpert(client, ExpertWeights(**vars(reward.expert_weights)))
+    extra = {name: extra.weight for name, extra in reward.extra.items() if extra.weight > 0}
+    weights = RewardWeights(**vars(reward.weights), extra=extra)
+    custom = {name: CustomReward(client, name) for name in extra}
+    return Scorer(weights, object_source(config, client), expert, custom, client.left_alone)
+
+
+def object_source(config: TrainConfig, client: RewardClient) -> ObjectSource:
+    """Who names the main objects."""
+    sources: dict[str, ObjectSource] = {
+        "grounded_sam": DetectedObjects(client),
+        "tagged_grounded_sam": DetectedObjects(client, tagged=True),
+        "qwen_vl": TaggedObjects(client, config.reward.grounded_sam.max_objects),
+        "file": GivenObjects(),
+    }
+    return sources[config.reward.objects]
+
+
+def reward_client(config: TrainConfig, transport: Transport) -> RewardClient:
+    """Asks the servers behind ``transport`` as the configuration says."""
+    asked = config.reward.client
+    return RewardClient(
+        transport,
+        config.reward.timeout_s,
+        RetryPolicy(asked.attempts, asked.attempt_timeout_s, asked.hedge_after_s),
+        BreakerPolicy(asked.breaker_failures, asked.breaker_pause_s),
+        seed=config.seed,
+    )
+
+
+def failure_policy(config: TrainConfig) -> FailurePolicy:
+    """What becomes of a group in which a reward failed."""
+    reward = config.reward
+    policies: dict[str, FailurePolicy] = {
+        "min_viable_group": MinViableGroup(reward.min_viable_share),
+        "retry_then_drop": RetryThenDrop(reward.rescore),
+        "fail_fast": FailFast(),
+    }
+    return policies[reward.failure_policy]
 
 
 def _autoscaling(scaling: AutoscalingConfig) -> dict[str, Any] | None:
@@ -158,7 +236,7 @@ def _autoscaling(scaling: AutoscalingConfig) -> dict[str, Any] | None:
     return None if scaling.max_replicas is None else asdict(scaling)
 
 
-def _replica_options(server: GroundedSamServerConfig | VisualExpertServerConfig) -> dict[str, Any]:
+def _replica_options(server: ServerConfig) -> dict[str, Any]:
     return {
         "num_cpus": server.num_cpus,
         "num_gpus": server.num_gpus,
@@ -175,7 +253,7 @@ def row_source(config: TrainConfig) -> RowSource:
     """
     if config.data.source == "folder":
         size = Family.from_pretrained(config.policy.path).layout.full_size
-        return ImageFolder(config.data.path, size, config.seed)
+        return ImageFolder(config.data.path, size, config.seed, config.data.tags)
     return ToyPhotographs(config.seed)
 
 
@@ -186,7 +264,7 @@ def plan(config: TrainConfig) -> Plan:
         groups_per_step=config.learner.groups_per_step,
         max_staleness=config.coordination.max_staleness,
         stall_timeout_s=config.coordination.stall_timeout_s,
-        policy=MinViableGroup(config.reward.min_viable_share),
+        policy=failure_policy(config),
     )
 
 
@@ -196,12 +274,13 @@ def demands(config: TrainConfig) -> list[Demand]:
     return [
         Demand("rollout.actors", rollout.actors, rollout.num_cpus, rollout.num_gpus, rollout.labels),
         Demand("learner.ranks", learner.ranks, learner.num_cpus, float(learner.use_gpu), learner.labels),
-        _server_demand("reward.grounded_sam", config.reward.grounded_sam),
-        _server_demand("reward.qwen_vl", config.reward.qwen_vl),
+        *(_server_demand(config, name) for name in own_servers(config)),
     ]
 
 
-def _server_demand(key: str, server: GroundedSamServerConfig | VisualExpertServerConfig) -> Demand:
+def _server_demand(config: TrainConfig, name: str) -> Demand:
+    server = server_config(config, name)
+    key = f"reward.extra.{name}" if name in config.reward.extra else f"reward.{name}"
     scaling = server.autoscaling
     setting, count = (
         ("replicas", server.replicas)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import threading
 import time
+from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,27 +17,31 @@ from safetensors.torch import load_file
 from actors.pool import RolloutPool
 from learners.launch import LearnerGroup, LearnerResult
 from learners.protocols import LearnerStart
-from reward_servers.client import GROUNDED_SAM, QWEN_VL, RewardClient
-from reward_servers.deploy import delete_apps, deploy_grounded_sam, deploy_visual_expert
-from rl_system import assembly
+from reward_servers.deploy import delete_apps, deploy
+from reward_servers.http_guard import token_of_environment
+from reward_servers.http_transport import HttpTransport
+from reward_servers.transports import HandleTransport, Transport
+from rl_system import assembly, reward_apps
 from rl_system.config.schema import TrainConfig
+from rl_system.config.servers import own_servers, servers
 from rl_system.coordination.coordinator import Coordinator, Observer
 from rl_system.coordination.evaluation import HeldOut, evaluate
 from rl_system.coordination.experience_queue import ExperienceQueue, QueueProgress, QueueSource
+from rl_system.coordination.ledger import BatchRecord
 from rl_system.coordination.meter import PipelineMeter
 from rl_system.coordination.scoring import Scorer
 from rl_system.data.prompts import PromptBuilder, training_prompts
 from rl_system.data.rows import RowSource
-from rl_system.runs.directory import RunDirectory
-from rl_system.runs.evaluated import EvaluatedPrompt
-from rl_system.runs.evaluation_files import write_evaluation
+from rl_system.runs.directory import RunDirectory, RunStopped
+from rl_system.runs.evaluated import PromptFigures
+from rl_system.runs.evaluation_files import read_evaluation, write_evaluation
 from rl_system.runs.groups import GroupStore
+from rl_system.runs.journal import Journal, read_journal
 from rl_system.runs.progress import Progress
-from rl_system.runs.sinks import MetricSink
+from rl_system.runs.sinks import open_sinks, read_metrics
 from rl_system.runs.summary import build_summary
 from rl_system.runs.timeline import TimelineEvent, TimelineWriter
 from vlcot.policy.family import Family
-from vlcot.rewards import ExpertWeights, RewardWeights
 from vlcot.tokenizer.image import ImageTokenizer
 from vlcot.weights import checksums
 
@@ -56,77 +63,86 @@ class TrainingRun:
 
     Args:
         config: checked configuration.
-        run: fresh run directory.
+        run: run directory, fresh or with what earlier attempts left.
+        resumed: whether there were any.
         source: rows of the data set.
-        sink: of metrics.
         progress: live view.
     """
 
     def __init__(
-        self, config: TrainConfig, run: RunDirectory, source: RowSource, sink: MetricSink, progress: Progress
+        self, config: TrainConfig, run: RunDirectory, resumed: bool, source: RowSource, progress: Progress
     ) -> None:
         self._config = config
         self._run = run
-        self._sink = sink
+        self._resumed = resumed
+        self._source = source
         self._progress = progress
         family = Family.from_pretrained(config.policy.path)
         tokenizer = ImageTokenizer.from_pretrained(config.policy.image_tokenizer)
-        builder = PromptBuilder(family, tokenizer, config.policy.instruction)
-        self._prompts = training_prompts(source, builder, config.data.train_rows, config.seed)
-        self._held_out = HeldOut.of(source, builder, config.evaluation.prompts, config.seed)
+        self._builder = PromptBuilder(family, tokenizer, config.policy.instruction)
+        self._held_out = HeldOut.of(source, self._builder, config.evaluation.prompts, config.seed)
         self._meter = PipelineMeter()
         self._groups = GroupStore(run.groups, config.kept_groups)
         self._timeline = TimelineWriter(run.timeline)
         self._facts = Facts()
 
     async def execute(self) -> dict[str, Any]:
-        """Run to the end; the summary."""
+        """Run to the end; the summary.
+
+        Raises:
+            RunStopped: SIGTERM came while it trained.
+            ValueError: what an earlier attempt left does not belong together.
+        """
         began = time.time()
         async with AsyncExitStack() as stack:
             queue = ray.remote(num_cpus=0)(ExperienceQueue).remote()
-            pool, scorer = await self._start_servers(stack)
-            learner = self._start_learner(queue, pool)
-            before = await self._evaluate("before", pool, scorer)
-            coordinator = Coordinator(
-                assembly.plan(self._config),
-                self._prompts,
-                pool,
-                scorer,
-                queue,
-                lambda: learner.error,
-                Observer(self._on_started, self._on_group, self._on_step, self._on_event),
-            )
-            self._ledger = coordinator.ledger
+            pool = await self._create_pool(stack)
+            learner = self._start_learner(queue, pool)  # first: it takes as long as the servers
+            scorer = await self._start_servers(stack, pool)
+            done = await self._steps_done(queue, learner)
+            before = await self._before(pool, scorer, len(done))
+            self._open_records(stack, done)
+            coordinator = self._coordinator(queue, pool, scorer, learner, done)
             self._progress.stage("training")
-            await coordinator.run()
+            await self._train(coordinator, learner)
             after, result = await asyncio.gather(
                 self._evaluate("after", pool, scorer), asyncio.to_thread(learner.result)
             )
             match = await self._weights_match(pool, result)
         return self._summary(before, after, match, time.time() - began)
 
-    async def _start_servers(self, stack: AsyncExitStack) -> tuple[RolloutPool, Scorer]:
-        """Rollout actors and reward servers, all at the same time."""
+    async def _create_pool(self, stack: AsyncExitStack) -> RolloutPool:
+        """Rollout actors whose engines begin to start."""
         config = self._config
-        self._progress.stage("starting rollout actors and reward servers")
         spec = assembly.rollout_spec(config)
         resources = {"CPU": config.rollout.num_cpus, "GPU": config.rollout.num_gpus}
         pool = RolloutPool(
             spec, config.rollout.actors, resources, config.rollout.start_timeout_s, labels=config.rollout.labels
         )
         stack.push_async_callback(asyncio.to_thread, pool.stop)
-        stack.push_async_callback(asyncio.to_thread, delete_apps, GROUNDED_SAM, QWEN_VL)
-        _, (sam, expert) = await asyncio.gather(
-            asyncio.to_thread(pool.start), asyncio.to_thread(_deploy_reward_servers, config)
+        await asyncio.to_thread(pool.create)
+        return pool
+
+    async def _start_servers(self, stack: AsyncExitStack, pool: RolloutPool) -> Scorer:
+        """Rollout actors and reward servers, all at the same time."""
+        config = self._config
+        self._progress.stage("starting rollout actors and reward servers")
+        stack.push_async_callback(asyncio.to_thread, delete_apps, *own_servers(config))
+        stop = threading.Event()
+        stack.callback(stop.set)
+        # Both to their end: what comes up after the other has failed must be there to be ended.
+        _, transport = await _all_or_first_error(
+            asyncio.to_thread(pool.start), asyncio.to_thread(_reward_transport, config, stop)
         )
-        client = RewardClient(
-            sam, expert, config.reward.timeout_s, settings=repr(assembly.detector_config(config)), seed=config.seed
-        )
-        weights = RewardWeights(**vars(config.reward.weights))
+        stack.push_async_callback(transport.close)
         self._facts.engines["rollout"] = pool.ready_info()
-        self._facts.engines["grounded_sam"] = await sam.ready.remote()
-        self._facts.engines["qwen_vl"] = await expert.ready.remote()
-        return pool, Scorer(client, weights, ExpertWeights(**vars(config.reward.expert_weights)))
+        for server in servers(config):
+            try:
+                ready = await asyncio.wait_for(transport.call(server, "ready", {}), config.reward.start_timeout_s)
+            except TimeoutError:
+                raise RuntimeError(f"{server} was not ready within {config.reward.start_timeout_s:g} s") from None
+            self._facts.engines[server] = ready
+        return assembly.scorer(config, assembly.reward_client(config, transport))
 
     def _start_learner(self, queue: Any, pool: RolloutPool) -> LearnerGroup:
         config = self._config
@@ -143,7 +159,74 @@ class TrainingRun:
         learner.start()
         return learner
 
-    async def _evaluate(self, name: str, pool: RolloutPool, scorer: Scorer) -> list[EvaluatedPrompt]:
+    async def _steps_done(self, queue: Any, learner: LearnerGroup) -> list[BatchRecord]:
+        """What earlier attempts have trained, as far as the learner's checkpoint has it; the learner is up then."""
+        if not self._resumed:
+            return []
+        self._progress.stage("the learner loads its checkpoint")
+        report = asyncio.ensure_future(queue.next_report.remote())
+        while not report.done():
+            if learner.error is not None:
+                raise RuntimeError(f"the learner group failed: {learner.error}") from learner.error
+            await asyncio.wait([report], timeout=1.0)
+        start: LearnerStart = report.result()
+        self._on_started(start)
+        return read_journal(self._run.journal, start.step)
+
+    async def _before(self, pool: RolloutPool, scorer: Scorer, done: int) -> list[PromptFigures]:
+        """The evaluation before training; only the first attempt has the weights for it."""
+        stored = read_evaluation(self._run, "before") if self._resumed else None
+        if stored is not None:
+            return stored.figures
+        if done:
+            raise ValueError(f"{self._run.evaluation}/before is missing: the run cannot be compared with its start")
+        return [*await self._evaluate("before", pool, scorer)]
+
+    def _open_records(self, stack: AsyncExitStack, done: list[BatchRecord]) -> None:
+        """Files that go on behind the steps done."""
+        self._journal = Journal(self._run.journal, len(done))
+        self._sink = open_sinks(self._run, len(done))
+        stack.callback(self._journal.close)
+        stack.callback(self._sink.close)
+        for metrics in read_metrics(self._run.metrics):
+            self._meter.max_staleness = max(self._meter.max_staleness, metrics.values.get("staleness/max", 0.0))
+            self._facts.kl_final = metrics.values.get("grpo/kl", self._facts.kl_final)
+        self._facts.steps = len(done)
+        self._facts.groups_trained = sum(len(record.rows) for record in done)
+
+    def _coordinator(
+        self, queue: Any, pool: RolloutPool, scorer: Scorer, learner: LearnerGroup, done: list[BatchRecord]
+    ) -> Coordinator:
+        config = self._config
+        skip = done[-1].admitted if done else 0
+        coordinator = Coordinator(
+            assembly.plan(config),
+            training_prompts(self._source, self._builder, config.data.train_rows, config.seed, skip),
+            pool,
+            scorer,
+            queue,
+            lambda: learner.error,
+            Observer(self._on_started, self._on_group, self._journal.write, self._on_step, self._on_event),
+            done,
+        )
+        self._ledger = coordinator.ledger
+        return coordinator
+
+    async def _train(self, coordinator: Coordinator, learner: LearnerGroup) -> None:
+        """To the last step; SIGTERM ends it after the step that is under way."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, coordinator.stop)
+        try:
+            await coordinator.run()
+            if coordinator.stopping:
+                self._progress.stage("stopping: the learner writes a checkpoint")
+                result = await asyncio.to_thread(learner.result)
+                raise RunStopped(f"stopped after step {result.steps} of {self._config.learner.steps}")
+        finally:
+            loop.remove_signal_handler(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    async def _evaluate(self, name: str, pool: RolloutPool, scorer: Scorer) -> Sequence[PromptFigures]:
         total = len(self._held_out.prompts)
         stage = f"evaluating {name} training"
         self._progress.stage(stage, 0, total)
@@ -183,7 +266,7 @@ class TrainingRun:
         self._progress.update(step, self._config.learner.steps, metrics, counts)
 
     def _summary(
-        self, before: list[EvaluatedPrompt], after: list[EvaluatedPrompt], match: bool, wall_s: float
+        self, before: Sequence[PromptFigures], after: Sequence[PromptFigures], match: bool, wall_s: float
     ) -> dict[str, Any]:
         return build_summary(
             before,
@@ -199,7 +282,17 @@ class TrainingRun:
         )
 
 
-def _deploy_reward_servers(config: TrainConfig) -> tuple[Any, Any]:
-    """Handles of both applications; one after the other, since Serve's deployment API is not thread-safe."""
-    sam = deploy_grounded_sam(assembly.detector_config(config), assembly.detector_app(config))
-    return sam, deploy_visual_expert(assembly.expert_config(config), assembly.expert_app(config))
+async def _all_or_first_error(*parts: Awaitable[Any]) -> list[Any]:
+    """Results of all; raises the first error only once all have ended."""
+    results = await asyncio.gather(*parts, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def _reward_transport(config: TrainConfig, stop: threading.Event) -> Transport:
+    """The way to the reward servers: those at ``reward.url``, or own ones, started here."""
+    if config.reward.url is not None:
+        return HttpTransport(config.reward.url, token_of_environment())
+    return HandleTransport(deploy(reward_apps.applications(config), config.reward.start_timeout_s, stop))

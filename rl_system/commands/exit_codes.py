@@ -3,4 +3,6 @@
 OK = 0
 ERROR = 1
 BAD_INPUT = 2
+STOPPED = 75
+"""Asked to stop (SIGTERM): a checkpoint was written, the same command with ``resume=auto`` goes on."""
 INTERRUPTED = 130

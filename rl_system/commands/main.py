@@ -13,6 +13,8 @@ COMMANDS = {
     "evaluate": "the paper's metrics and table: rl-system evaluate --data RealSR=DIR --method NAME=DIR --output DIR",
     "import-weights": "published weights into our format: rl-system import-weights KIND SOURCE OUTPUT",
     "k8s": "render or check the manifests: rl-system k8s check [OVERLAY] [--crds DIR]",
+    "serve-rewards": "reward servers of their own: rl-system serve-rewards start experiment=toy | status | scale | set",
+    "simulate": "how fast a run would be: rl-system simulate run RUN_DIRECTORY | cluster --gpus 8 64 1024",
     "report": "write report.html of a run, also while it runs: rl-system report RUN_DIRECTORY",
 }
 

@@ -8,15 +8,19 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rl_system.commands import exit_codes
 from rl_system.config.compose import ConfigError, load_config, to_yaml
 from rl_system.config.schema import TrainConfig
 
+if TYPE_CHECKING:
+    from rl_system.data.rows import RowSource
+    from rl_system.runs.directory import RunDirectory
+
 
 def run(overrides: list[str]) -> int:
-    """Train; returns the exit code: 0 done, 1 error, 2 bad configuration or input, 130 interrupted."""
+    """Train; returns the exit code: 0 done, 1 error, 2 bad configuration or input, 75 stopped, 130 interrupted."""
     try:
         config = load_config(overrides)
     except ConfigError as error:
@@ -27,25 +31,33 @@ def run(overrides: list[str]) -> int:
 
 def _train(config: TrainConfig) -> int:
     from rl_system import assembly  # from here on the heavy packages are needed
-    from rl_system.runs.directory import RunDirectory
+    from rl_system.runs.directory import RunStopped
     from rl_system.runs.report import build_report
     from rl_system.runs.summary import write_summary
 
     try:
+        run = _existing_run(config)
+        if run is not None and run.status().get("state") == "done":
+            print(f"{run.path} is done; report: {run.report}")
+            return exit_codes.OK
         source = assembly.row_source(config)
         if config.cluster.address != "local":
             _connect(config)  # only the cluster knows what it has
         assembly.check_resources(config)
-        run = RunDirectory.create(config.output_dir, config.name, to_yaml(config), config.overwrite)
+        run, claim, resumed = _claimed_run(config, run)
     except (ValueError, ConnectionError) as error:
         print(f"rl-system train: {error}", file=sys.stderr)
         return exit_codes.BAD_INPUT
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        summary = _execute(config, run, source)
+        summary = _execute(config, run, resumed, source)
         write_summary(run, summary)
         run.set_status("done")
         code = exit_codes.OK
+    except RunStopped as stop:
+        run.set_status("stopped", str(stop))
+        print(f"rl-system train: {stop}; resume=auto goes on with {run.path}", file=sys.stderr)
+        summary, code = None, exit_codes.STOPPED
     except KeyboardInterrupt:
         run.set_status("interrupted", "stopped by a signal")
         print(f"rl-system train: interrupted; what was done is in {run.path}", file=sys.stderr)
@@ -56,6 +68,8 @@ def _train(config: TrainConfig) -> int:
         if os.environ.get("RL_SYSTEM_TRACEBACK"):
             raise
         summary, code = None, exit_codes.ERROR
+    finally:
+        claim.close()
     report = build_report(run)
     if summary is not None:
         from rl_system.runs.progress import print_summary
@@ -64,22 +78,42 @@ def _train(config: TrainConfig) -> int:
     return code
 
 
-def _execute(config: TrainConfig, run: Any, source: Any) -> dict[str, Any]:
+def _existing_run(config: TrainConfig) -> RunDirectory | None:
+    """The run that ``resume=auto`` finds."""
+    from rl_system.runs.directory import RunDirectory
+
+    if config.resume == "never":
+        return None
+    return RunDirectory.resume(config.output_dir, config.name, to_yaml(config))
+
+
+def _claimed_run(config: TrainConfig, existing: RunDirectory | None) -> tuple[RunDirectory, IO[str], bool]:
+    """The run, a lock on it, and whether it goes on."""
+    from rl_system.runs.directory import RunDirectory
+
+    if existing is None:
+        run = RunDirectory.create(config.output_dir, config.name, to_yaml(config), config.overwrite)
+        return run, run.lock(), False
+    claim = existing.lock()
+    existing.set_status("running")
+    return existing, claim, True
+
+
+def _execute(config: TrainConfig, run: RunDirectory, resumed: bool, source: RowSource) -> dict[str, Any]:
     import ray
 
     from rl_system.runs.progress import Progress
-    from rl_system.runs.sinks import open_sinks
     from rl_system.training import TrainingRun
 
-    sink = open_sinks(run)
     with Progress() as progress:
         progress.stage("starting Ray")
         context = _connect(config)
-        (run.logs / "ray").symlink_to(Path(context.address_info["session_dir"]) / "logs")
+        logs = run.logs / "ray"
+        logs.unlink(missing_ok=True)
+        logs.symlink_to(Path(context.address_info["session_dir"]) / "logs")
         try:
-            return asyncio.run(TrainingRun(config, run, source, sink, progress).execute())
+            return asyncio.run(TrainingRun(config, run, resumed, source, progress).execute())
         finally:
-            sink.close()
             ray.shutdown()
 
 
@@ -103,7 +137,7 @@ def _connect(config: TrainConfig) -> Any:
     for noisy in ("ray.serve", "ray.train"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     return ray.init(
-        address=None if local else config.cluster.address,
+        address=config.cluster.address,  # None in place of "local" would join a cluster that Ray finds
         num_cpus=config.cluster.num_cpus if local else None,
         namespace=NAMESPACE,
         include_dashboard=False if local else None,

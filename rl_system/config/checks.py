@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 from rl_system.config.schema import AutoscalingConfig, TrainConfig
+from rl_system.config.servers import EXPERTS, OBJECTS, checkpoints, own_servers
 from vlcot.policy.family import Family
-from vlcot.rewards import ExpertWeights
+from vlcot.rewards import COMPONENTS, METRIC_EXPERTS, ExpertWeights
+
+_SERVERS = ("grounded_sam", "qwen_vl", "iqa")
 
 _NAME = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
 _KEY = re.compile(rf"([a-z0-9]([a-z0-9.-]{{0,251}}[a-z0-9])?/)?{_NAME}")
@@ -23,10 +27,14 @@ def check(config: TrainConfig) -> None:
     _check_numbers(config)
     _check_choices(config)
     _check_labels(config)
-    _check_autoscaling("reward.grounded_sam.autoscaling", config.reward.grounded_sam.autoscaling)
-    _check_autoscaling("reward.qwen_vl.autoscaling", config.reward.qwen_vl.autoscaling)
+    for name in _SERVERS:
+        _check_autoscaling(f"reward.{name}.autoscaling", getattr(config.reward, name).autoscaling)
     ExpertWeights(**vars(config.reward.expert_weights))
+    _check_expert(config)
+    _check_asking(config)
+    _check_extra(config)
     _check_checkpoints(config)
+    _check_servers(config)
 
 
 def _check_numbers(config: TrainConfig) -> None:
@@ -42,8 +50,7 @@ def _check_numbers(config: TrainConfig) -> None:
         "coordination.max_staleness": (config.coordination.max_staleness, 0),
         "evaluation.prompts": (config.evaluation.prompts, 2),
         "data.train_rows": (config.data.train_rows, 1),
-        "reward.grounded_sam.replicas": (config.reward.grounded_sam.replicas, 1),
-        "reward.qwen_vl.replicas": (config.reward.qwen_vl.replicas, 1),
+        **{f"reward.{name}.replicas": (getattr(config.reward, name).replicas, 1) for name in _SERVERS},
     }
     for key, (value, low) in at_least.items():
         if value < low:
@@ -53,13 +60,17 @@ def _check_numbers(config: TrainConfig) -> None:
         "learner.learning_rate": config.learner.learning_rate,
         "learner.max_grad_norm": config.learner.max_grad_norm,
         "coordination.stall_timeout_s": config.coordination.stall_timeout_s,
+        "reward.timeout_s": config.reward.timeout_s,
+        "reward.start_timeout_s": config.reward.start_timeout_s,
     }
     for key, number in positive.items():
-        if not number > 0:
-            raise ValueError(f"{key}={number:g} must be positive")
+        if not 0 < number < math.inf:
+            raise ValueError(f"{key}={number:g} must be positive and finite")
     for name, weight in vars(config.reward.weights).items():
         if weight < 0:
             raise ValueError(f"reward.weights.{name}={weight:g} must not be negative")
+    if not any(vars(config.reward.weights).values()) and not any(e.weight > 0 for e in config.reward.extra.values()):
+        raise ValueError("reward.weights switches every reward off; at least one weight must be positive")
 
 
 def _check_choices(config: TrainConfig) -> None:
@@ -70,20 +81,34 @@ def _check_choices(config: TrainConfig) -> None:
         "grpo.advantage_std": (config.grpo.advantage_std, ("unbiased", "population", "none")),
         "rollout.dtype": (config.rollout.dtype, ("float32", "bfloat16")),
         "learner.dtype": (config.learner.dtype, ("float32", "bfloat16")),
+        "reward.objects": (config.reward.objects, tuple(OBJECTS)),
+        "reward.expert": (config.reward.expert, tuple(EXPERTS)),
+        "reward.failure_policy": (
+            config.reward.failure_policy,
+            ("min_viable_group", "retry_then_drop", "fail_fast"),
+        ),
         "data.source": (config.data.source, ("toy_photographs", "folder")),
         "cluster.address": (config.cluster.address, ("local", "auto")),
+        "resume": (config.resume, ("never", "auto")),
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:
             raise ValueError(f"{key}={value} is not known; allowed: {', '.join(allowed)}")
+    if config.resume == "auto" and config.overwrite:
+        raise ValueError("resume=auto goes on with an existing run, overwrite=true moves it aside; choose one")
+    data = config.data
+    if data.tags is not None and data.source != "folder":
+        raise ValueError(f"data.tags={data.tags} belongs to data=folder; data.source={data.source} names its objects")
+    if config.reward.objects == "file" and data.source == "folder" and data.tags is None:
+        raise ValueError("reward.objects=file needs data.tags=DIR, a folder with the names of each image's objects")
 
 
 def _check_labels(config: TrainConfig) -> None:
     labels_of = {
         "rollout": config.rollout.labels,
         "learner": config.learner.labels,
-        "reward.grounded_sam": config.reward.grounded_sam.labels,
-        "reward.qwen_vl": config.reward.qwen_vl.labels,
+        **{f"reward.{name}": getattr(config.reward, name).labels for name in _SERVERS},
+        **{f"reward.extra.{name}": extra.labels for name, extra in config.reward.extra.items()},
     }
     for pool, labels in labels_of.items():
         for key, value in labels.items():
@@ -113,15 +138,100 @@ def _check_autoscaling(key: str, scaling: AutoscalingConfig) -> None:
             raise ValueError(f"{key}.{name}={getattr(scaling, name):g} must not be negative")
 
 
+def _check_expert(config: TrainConfig) -> None:
+    expert, iqa = config.reward.expert, config.reward.iqa
+    if expert not in METRIC_EXPERTS:
+        if iqa.metrics:
+            raise ValueError(
+                f"reward.iqa.metrics={list(iqa.metrics)} has no meaning with reward.expert={expert}; "
+                f"metrics are for reward.expert={' | '.join(METRIC_EXPERTS)}"
+            )
+        return
+    allowed = METRIC_EXPERTS[expert]
+    if not set(iqa.metrics) <= set(allowed) or len(set(iqa.metrics)) < len(iqa.metrics):
+        raise ValueError(
+            f"reward.iqa.metrics={list(iqa.metrics)} must be some of {', '.join(allowed)}, the metrics of "
+            f"reward.expert={expert}, each once"
+        )
+    if "iqa" in own_servers(config):
+        from reward_servers.iqa import IqaConfig, find_weights
+
+        try:
+            find_weights(IqaConfig(tuple(iqa.metrics) or allowed, iqa.weights_dir))
+        except ValueError as error:
+            raise ValueError(f"reward.{error}; reward.iqa.metrics may leave metrics out") from None
+
+
+def _check_asking(config: TrainConfig) -> None:
+    from reward_servers.breaker import BreakerPolicy
+    from reward_servers.http_guard import token_of_environment
+    from reward_servers.retry import RetryPolicy
+
+    reward, asked = config.reward, config.reward.client
+    try:
+        RetryPolicy(asked.attempts, asked.attempt_timeout_s, asked.hedge_after_s)
+    except ValueError as error:
+        raise ValueError(f"reward.client.{error}") from None
+    try:
+        BreakerPolicy(asked.breaker_failures, asked.breaker_pause_s)
+    except ValueError as error:
+        raise ValueError(f"reward.client.breaker_{error}") from None
+    if not 0 <= reward.min_viable_share <= 1:
+        raise ValueError(f"reward.min_viable_share={reward.min_viable_share:g} must lie in [0, 1]")
+    if reward.rescore < 0:
+        raise ValueError(f"reward.rescore={reward.rescore} must not be negative")
+    if reward.url is not None:
+        if not re.fullmatch(r"https?://[^/\s?#]+(/[^\s?#]*)?", reward.url):
+            raise ValueError(f"reward.url={reward.url} is no address such as http://rewards:8000")
+        try:
+            token_of_environment()
+        except ValueError as error:
+            raise ValueError(f"reward.url={reward.url}: {error}") from None
+
+
+def _check_extra(config: TrainConfig) -> None:
+    taken = (*COMPONENTS, *_SERVERS, "total")
+    for name, extra in config.reward.extra.items():
+        key = f"reward.extra.{name}"
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name) or name in taken:
+            raise ValueError(
+                f"{key}: a name has up to 32 small letters, digits and '_', and is none of {', '.join(taken)}"
+            )
+        if extra.weight < 0:
+            raise ValueError(f"{key}.weight={extra.weight:g} must not be negative")
+        if extra.replicas < 1:
+            raise ValueError(f"{key}.replicas={extra.replicas} is too small: it must be at least 1")
+        _check_autoscaling(f"{key}.autoscaling", extra.autoscaling)
+        if config.reward.url is not None:
+            raise ValueError(f"{key} is served inside the job only, reward.url={config.reward.url} is outside")
+        from reward_servers.replicas import custom_class
+
+        try:
+            custom_class(extra.target)
+        except ValueError as error:
+            raise ValueError(f"{key}.target: {error}") from None
+
+
+def _check_servers(config: TrainConfig) -> None:
+    """What the servers would refuse when they start."""
+    from reward_servers.contract import RewardServerError
+    from reward_servers.grounded_sam import check_vocabulary
+    from rl_system import assembly
+
+    vocabulary = config.reward.grounded_sam.vocabulary
+    if not isinstance(vocabulary, str | list):
+        raise ValueError(f"reward.grounded_sam.vocabulary={vocabulary} is no list of names, `common` or a file")
+    try:
+        if "grounded_sam" in own_servers(config):
+            check_vocabulary(assembly.detector_config(config))
+        if "qwen_vl" in own_servers(config):
+            assembly.expert_config(config)
+    except (ValueError, RewardServerError) as error:
+        raise ValueError(f"reward.{error}") from None
+
+
 def _check_checkpoints(config: TrainConfig) -> None:
-    directories = {
-        "policy.path": config.policy.path,
-        "policy.image_tokenizer": config.policy.image_tokenizer,
-        "reward.grounded_sam.detector": config.reward.grounded_sam.detector,
-        "reward.grounded_sam.segmenter": config.reward.grounded_sam.segmenter,
-        "reward.qwen_vl.model": config.reward.qwen_vl.model,
-    }
-    for key, directory in directories.items():
+    for key, directory in checkpoints(config).items():
         path = Path(directory)
         if not (path / "config.json").is_file():
             raise ValueError(f"{key}={directory}: no checkpoint there ({path.resolve()}/config.json does not exist)")

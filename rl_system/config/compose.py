@@ -17,8 +17,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import configs
+from reward_servers.detection import COMMON
 from rl_system.config.checks import check
-from rl_system.config.schema import TrainConfig
+from rl_system.config.schema import ExtraRewardConfig, TrainConfig
 
 CONFIG_DIR = Path(configs.__file__).resolve().parent
 
@@ -58,25 +59,40 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             composed = compose("config", overrides=list(overrides))
-        return cast(TrainConfig, OmegaConf.to_object(composed))
+        config = cast(TrainConfig, OmegaConf.to_object(composed))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from None
+    config.reward.extra = {name: _extra_reward(name, given) for name, given in config.reward.extra.items()}
+    return config
+
+
+def _extra_reward(name: str, given: Any) -> ExtraRewardConfig:
+    try:
+        return cast(ExtraRewardConfig, OmegaConf.to_object(OmegaConf.merge(ExtraRewardConfig, given)))
+    except (ValueError, OmegaConfBaseException) as error:
+        allowed = ", ".join(field.name for field in fields(ExtraRewardConfig))
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"reward.extra.{name}: {first}; it takes a mapping with the keys {allowed}") from None
 
 
 def _make_paths_absolute(config: TrainConfig) -> None:
     """Worker processes have working directories of their own."""
-    sam, expert = config.reward.grounded_sam, config.reward.qwen_vl
+    sam, expert, iqa = config.reward.grounded_sam, config.reward.qwen_vl, config.reward.iqa
     for owner, name in (
         (config, "output_dir"),
         (config.policy, "path"),
         (config.policy, "image_tokenizer"),
         (config.data, "path"),
+        (config.data, "tags"),
         (sam, "detector"),
         (sam, "segmenter"),
         (expert, "model"),
+        (iqa, "weights_dir"),
     ):
         if value := getattr(owner, name):
             setattr(owner, name, str(Path(value).resolve()))
+    if isinstance(sam.vocabulary, str) and sam.vocabulary != COMMON:
+        sam.vocabulary = str(Path(sam.vocabulary).resolve())
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -27,6 +28,9 @@ class DataConfig:
     """``toy_photographs``: crops of the photographs inside scikit-image and scikit-learn;
     ``folder``: crops of the images under ``path``."""
     path: str = ""
+    tags: str | None = None
+    """folder: directory with ``NAME.txt`` for each image ``NAME.png`` under ``path``, the names of its main objects
+    separated by commas; needed by ``reward.objects=file``."""
     train_rows: int = MISSING
     """Rows of the training split; they are passed over in order, epoch after epoch, shuffled by the seed."""
 
@@ -71,9 +75,14 @@ class LearnerConfig:
     """constant | cosine"""
     max_grad_norm: float = 1.0
     micro_batch_tokens: int = MISSING
+    """Most tokens, padding included, of one forward pass; the samples of a group share their prompt in it."""
+    activation_checkpointing: bool = False
+    """Backward computes activations again instead of keeping them: less memory, a third more arithmetic."""
+    offload_reference: bool = False
+    """Keep the frozen reference's shards in host memory instead of on the GPU."""
     dtype: str = "float32"
     bucket_mib: int = 64
-    checkpoint_every: int = 0
+    checkpoint_every: int = 10
     """Steps between checkpoints; 0: at the end only."""
     keep_checkpoints: int = 2
     num_cpus: float = 1
@@ -102,7 +111,7 @@ class GrpoConfig:
 
 @dataclass
 class RewardWeightsConfig:
-    """Weights of the four rewards in the total; 0 switches one off."""
+    """Weights of the four rewards in the total; 0 switches one off, and the server that it alone needs."""
 
     format: float = 1.0
     degradation: float = 1.0
@@ -131,6 +140,10 @@ class AutoscalingConfig:
     """Requests for each replica, waiting ones included, that the number of replicas aims at."""
     upscale_delay_s: float = 30.0
     downscale_delay_s: float = 600.0
+    metrics_interval_s: float = 10.0
+    """Seconds between two measurements of the load."""
+    look_back_period_s: float = 30.0
+    """Seconds over which the load is averaged."""
 
 
 @dataclass
@@ -139,7 +152,8 @@ class GroundedSamServerConfig:
 
     detector: str = MISSING
     segmenter: str = MISSING
-    vocabulary: list[str] = MISSING
+    vocabulary: Any = MISSING
+    """Names to look for, ``common`` for the shipped list of 523, or a file with one name a line."""
     box_threshold: float = 0.25
     text_threshold: float = 0.2
     nms_iou: float = 0.5
@@ -166,6 +180,12 @@ class VisualExpertServerConfig:
     max_model_len: int = MISSING
     kv_cache_gib: float = 1.0
     dtype: str = "float32"
+    repeats: int = 1
+    """Times that each group is judged, in other orders; the scores are averaged."""
+    retries: int = 2
+    """Further attempts when an answer cannot be read."""
+    rationale: bool = False
+    """Whether each score comes with its reason; costs tokens."""
     replicas: int = 1
     autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
     num_cpus: float = 1
@@ -178,17 +198,88 @@ class VisualExpertServerConfig:
 
 
 @dataclass
+class IqaServerConfig:
+    """The image-quality metrics application, for the experts ``perceptual`` and ``generative``."""
+
+    metrics: list[str] = field(default_factory=list)
+    """Some of the expert's metrics; empty: all of them."""
+    weights_dir: str | None = None
+    """Folder with the metrics' weight files (docs/evaluate.md); torch's hub folder is searched too. Nothing is
+    downloaded: a metric without its weights is refused."""
+    replicas: int = 1
+    autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
+    num_cpus: float = 1
+    num_gpus: float = 0
+    threads: int = 1
+    labels: dict[str, str] = field(default_factory=dict)
+    """Ray labels of the nodes that may hold a replica; empty: any node."""
+
+
+@dataclass
+class ExtraRewardConfig:
+    """A reward of your own, served beside the others (docs/reward-servers.md)."""
+
+    target: str = MISSING
+    """``module:Class``; the class has ``score(lr, images)``, which answers a number in [0, 1] for each image."""
+    weight: float = 1.0
+    """In the total; 0 switches it off."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the class."""
+    replicas: int = 1
+    autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
+    num_cpus: float = 1
+    num_gpus: float = 0
+    threads: int = 1
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class RewardClientConfig:
+    """How servers are asked (docs/reward-servers.md)."""
+
+    attempts: int = 4
+    """Times that a request is sent at most, before it counts as failed."""
+    attempt_timeout_s: float | None = None
+    """After so long a request is given up and sent again; null: only ``reward.timeout_s`` ends it."""
+    hedge_after_s: float | None = None
+    """A request without an answer after so long is sent a second time, the first answer counts; null: never."""
+    breaker_failures: int = 8
+    """Attempts that fail in a row before a server is left alone and no further prompt is admitted."""
+    breaker_pause_s: float = 5.0
+    """How long it is left alone before one request probes it."""
+
+
+@dataclass
 class RewardConfig:
     """Rewards and their servers."""
 
     weights: RewardWeightsConfig = field(default_factory=RewardWeightsConfig)
+    objects: str = "grounded_sam"
+    """Who names the main objects for the understanding reward: ``grounded_sam`` with its vocabulary,
+    ``tagged_grounded_sam`` with the names that Qwen2.5-VL sees, ``qwen_vl`` alone, or ``file`` (``data.tags``)."""
+    expert: str = "qwen_vl"
+    """Who gives the generation reward: qwen_vl, or the paper's ablations of it: ``perceptual`` (LPIPS, DISTS, PSNR,
+    SSIM against the ground truth) and ``generative`` (MUSIQ, MANIQA, CLIPIQA, TOPIQ)."""
     expert_weights: ExpertWeightsConfig = field(default_factory=ExpertWeightsConfig)
     grounded_sam: GroundedSamServerConfig = field(default_factory=GroundedSamServerConfig)
     qwen_vl: VisualExpertServerConfig = field(default_factory=VisualExpertServerConfig)
+    iqa: IqaServerConfig = field(default_factory=IqaServerConfig)
+    failure_policy: str = "min_viable_group"
+    """What becomes of a group in which a reward failed: ``min_viable_group`` (it is trained without the samples that
+    have none), ``retry_then_drop`` (scored again, then dropped whole), ``fail_fast`` (the run ends)."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further rewards: name -> :class:`ExtraRewardConfig` (Hydra cannot override inside a typed mapping; composing
+    checks the entries)."""
     min_viable_share: float = 0.75
-    """A group with fewer scored samples than this share is dropped."""
+    """min_viable_group: a group with fewer scored samples than this share is dropped."""
+    rescore: int = 1
+    """retry_then_drop: times that a group is scored again."""
+    url: str | None = None
+    """Servers that run on their own (``rl-system serve-rewards``), as http://HOST:8000; null: the run starts its own.
+    The token is taken from the environment variable RL_REWARD_TOKEN."""
     timeout_s: float = 120
     """Deadline of one request, retries included."""
+    client: RewardClientConfig = field(default_factory=RewardClientConfig)
     start_timeout_s: float = 600
 
 
@@ -230,6 +321,8 @@ class TrainConfig:
     output_dir: str = "runs"
     overwrite: bool = False
     """Move an existing run of this name aside instead of refusing."""
+    resume: str = "never"
+    """``auto``: go on with an unfinished run of this name from its last checkpoint, or start it; ``never``."""
     kept_groups: int = 12
     """How many of the best and of the worst groups are kept with their images."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ray.actor import ActorHandle
 
 from actors.pool import RolloutPool
 from learners.protocols import LearnerStart
-from rl_system.coordination.ledger import GroupState, Ledger
-from rl_system.coordination.scoring import MinViableGroup, Scorer
-from vlcot.groups import Prompt, ScoredGroup
+from reward_servers.policies import FailurePolicy, RewardFailure, Verdict, failure_reasons
+from rl_system.coordination.ledger import BatchRecord, GroupState, Ledger
+from rl_system.coordination.scoring import Objects, Scorer
+from vlcot.groups import Group, Prompt, ScoredGroup
+
+CLOSE_S = 5.0
+"""For the queue to say that it is closed."""
 
 
 class StalledError(RuntimeError):
@@ -27,12 +32,14 @@ class Observer:
     Attributes:
         started: the learner group is up (again).
         group: a group has its rewards.
+        batch: the learner is about to get a batch; a run that resumes needs the records of all steps done.
         step: a step is trained and pushed: its number, the learner's metrics and the groups of its batch.
         event: process, what it did, begin and end in epoch seconds.
     """
 
     started: Callable[[LearnerStart], None]
     group: Callable[[ScoredGroup], None]
+    batch: Callable[[BatchRecord], None]
     step: Callable[[int, dict[str, float], list[ScoredGroup]], None]
     event: Callable[[str, str, float, float], None]
 
@@ -45,7 +52,7 @@ class Plan:
     groups_per_step: int
     max_staleness: int
     stall_timeout_s: float
-    policy: MinViableGroup
+    policy: FailurePolicy
 
 
 class Coordinator:
@@ -55,6 +62,10 @@ class Coordinator:
         prompts: endless stream of prompts.
         queue: handle of an :class:`~rl_system.coordination.experience_queue.ExperienceQueue`.
         learner_error: the learner group's exception once it has died for good, else None.
+        done: records of the steps that the learner has done already; ``prompts`` go on behind them.
+
+    Raises:
+        ValueError: ``done`` has gaps.
     """
 
     def __init__(
@@ -66,6 +77,7 @@ class Coordinator:
         queue: ActorHandle,
         learner_error: Callable[[], BaseException | None],
         observer: Observer,
+        done: Sequence[BatchRecord] = (),
     ) -> None:
         self._plan = plan
         self._prompts = prompts
@@ -80,40 +92,61 @@ class Coordinator:
         self._failure: BaseException | None = None
         self._batch: list[int] = []
         """Orders of the groups that the learner trains now; empty while it waits."""
-        self._step = 0
+        self.ledger.restore(done, time.monotonic())
+        self._step = len(done)
+        self.stopping = False
+        """Whether :meth:`stop` was called."""
         self._last_progress = time.monotonic()
         self._wake = asyncio.Event()
 
+    def stop(self) -> None:
+        """End early: what the learner has it trains, nothing follows; :meth:`run` then returns."""
+        self.stopping = True
+        self._wake.set()
+
     async def run(self) -> None:
-        """Train to the last step.
+        """Train to the last step, or until :meth:`stop`.
 
         Raises:
-            StalledError: no group or step has finished for ``stall_timeout_s``.
+            StalledError: no group got its rewards and no step finished for ``stall_timeout_s``; a dropped group is no
+                progress. Or the queue does not answer.
+            RewardFailure: a reward failed and the failure policy tolerates none.
             RuntimeError: the learner group or the rollout pool has failed for good.
         """
+        try:
+            await self._train()
+        finally:
+            closing = asyncio.ensure_future(self._queue.close.remote())
+            await asyncio.wait([closing], timeout=CLOSE_S)
+        if not closing.done():
+            raise StalledError(f"the experience queue has not answered for {CLOSE_S:.0f} s; the learner waits for it")
+        await closing
+
+    async def _train(self) -> None:
         reports = asyncio.create_task(self._read_reports())
         reports.add_done_callback(lambda _: self._wake.set())
         self._last_progress = time.monotonic()
         try:
-            while not reports.done():
-                self._admit()
-                await self._offer()
-                try:
+            while not reports.done() and (self._batch or not self.stopping):
+                if not self.stopping:
+                    self._admit()
+                    await self._offer()
+                with suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), timeout=1.0)
-                except TimeoutError:
-                    self._check_stall()
                 self._wake.clear()
                 self._check_failure()
-            await reports
+                self._check_stall()
+            if reports.done():
+                await reports
         finally:
             tasks = [reports, *self._carriers]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await self._queue.close.remote()
 
     def _admit(self) -> None:
-        while self.ledger.may_admit():
+        # A server that is left alone would fail what is admitted now; what is under way waits for it.
+        while not self._scorer.left_alone() and self.ledger.may_admit():
             prompt = next(self._prompts)
             order = self.ledger.admit(prompt.row_id, time.monotonic())
             task = asyncio.create_task(self._carry(order, prompt))
@@ -128,30 +161,44 @@ class Coordinator:
 
     async def _carry(self, order: int, prompt: Prompt) -> None:
         """Take one group from admission to READY, or drop it with a reason."""
-        objects = self._scorer.find_objects(prompt.lr_image)
+        objects = self._scorer.find_objects(prompt)
         self.ledger.move(order, GroupState.GENERATING, time.monotonic())
         group = await self._pool.generate(prompt)
         generated = time.time()
         self._observer.event(f"rollout {group.actor}", prompt.group_id, generated - group.generation_s, generated)
         self.ledger.move(order, GroupState.SCORING, time.monotonic())
-        scored = await self._scorer.score(group, objects)
+        scored, verdict = await self._score(group, objects)
         self._observer.event("rewards", prompt.group_id, generated, time.time())
-        self._last_progress = now = time.monotonic()
-        valid = int(scored.valid.sum())
-        if self._plan.policy.viable(valid, len(group.samples)):
+        now = time.monotonic()
+        if verdict is Verdict.TRAIN:
+            self._last_progress = now
             self._ready[order] = scored
             self.ledger.move(order, GroupState.READY, now)
         else:
-            reason = f"only {valid} of {len(group.samples)} samples have a reward"
-            self.ledger.move(order, GroupState.DROPPED, now, reason)
+            self.ledger.move(order, GroupState.DROPPED, now, failure_reasons(scored))
         self._observer.group(scored)
+
+    async def _score(self, group: Group, objects: Objects) -> tuple[ScoredGroup, Verdict]:
+        """Score until the failure policy has decided."""
+        scored = await self._scorer.score(group, objects)
+        scorings = 1
+        while (verdict := self._plan.policy.verdict(scored, scorings)) is Verdict.SCORE_AGAIN:
+            scored = await self._scorer.score(group, self._scorer.find_objects(group.prompt))
+            scorings += 1
+        return scored, verdict
 
     async def _offer(self) -> None:
         """Hand the next batch to the learner once its groups are ready, in order of admission."""
         batch = self.ledger.next_batch()
         if batch is not None and not self._batch:
             self._batch = batch
-            await self._queue.put_batch.remote(self._step + 1, [self._ready[order] for order in batch])
+            step, timeout_s = self._step + 1, self._plan.stall_timeout_s
+            self._observer.batch(self.ledger.record(step, batch))
+            put = self._queue.put_batch.remote(step, [self._ready[order] for order in batch])
+            try:
+                await asyncio.wait_for(put, timeout_s)
+            except TimeoutError:
+                raise StalledError(f"the experience queue has not taken batch {step} for {timeout_s:.0f} s") from None
 
     async def _read_reports(self) -> None:
         """Release the slots of each batch once its weights are pushed; returns after the last step."""
@@ -173,6 +220,8 @@ class Coordinator:
         self._observer.step(step, metrics, groups)
 
     def _check_failure(self) -> None:
+        if isinstance(self._failure, RewardFailure):
+            raise self._failure
         if self._failure is not None:
             raise RuntimeError(f"a group could not be generated or scored: {self._failure}") from self._failure
         error = self._learner_error()
@@ -186,7 +235,10 @@ class Coordinator:
             learner = (
                 f"trains step {self._step + 1}" if self._batch else f"waits for the batch of step {self._step + 1}"
             )
+            dropped = list(self.ledger.dropped_rows().values())
             raise StalledError(
                 f"no group and no learner step has finished for {quiet:.0f} s. "
                 f"Groups: {self.ledger.waiting_for(now)}. The learner {learner}."
+                + (f" {len(dropped)} groups were dropped; the last: {dropped[-1]}." if dropped else "")
+                + (f" Left alone after failures: {', '.join(left)}." if (left := self._scorer.left_alone()) else "")
             )

@@ -15,7 +15,7 @@ from rl_system.data.rows import Row, RowSource
 from rl_system.runs.evaluated import EvaluatedPrompt
 from vlcot import metrics
 from vlcot.groups import Prompt, Scored, ScoredGroup
-from vlcot.rewards import COMPONENTS
+from vlcot.rewards import component_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ async def evaluate(
 
     async def one(prompt: Prompt, row: Row) -> EvaluatedPrompt:
         nonlocal finished
-        objects = scorer.find_objects(prompt.lr_image)
+        objects = scorer.find_objects(prompt)
         scored = await scorer.score(await pool.generate(prompt), objects)
         finished += 1
         done(finished)
@@ -65,7 +65,7 @@ def _evaluated(scored: ScoredGroup, row: Row) -> EvaluatedPrompt:
     return EvaluatedPrompt(
         row_id=row.row_id,
         total=float(scored.totals[scored.valid].mean()),
-        components={name: _component_mean(scored, name) for name in COMPONENTS},
+        components={name: _component_mean(scored, name) for name in component_names(scored.scores[0])},
         psnr=_mean([metrics.psnr(image, row.hq) for image in finals]),
         ssim=_mean([metrics.ssim(image, row.hq) for image in finals]),
         lr=row.lr,

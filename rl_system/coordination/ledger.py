@@ -10,7 +10,8 @@ admission and its own training step: no token is trained that is more than ``s``
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -46,6 +47,30 @@ class LedgerEntry:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class BatchRecord:
+    """What one step was given: enough to go on after a crash with neither a row lost nor one trained twice.
+
+    Batches are formed in order of admission, so every group that was admitted before the last one of a batch is in
+    this batch, in an earlier one, or dropped.
+
+    Attributes:
+        step: 1, 2, ...
+        rows: trained row ids by order of admission.
+        dropped: row ids and reasons of the groups before the last of this batch that no record has named yet, by
+            order of admission.
+    """
+
+    step: int
+    rows: Mapping[int, str]
+    dropped: Mapping[int, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def admitted(self) -> int:
+        """Groups that this record and those before it account for."""
+        return max(self.rows) + 1
+
+
 class Ledger:
     """States of all groups of a run.
 
@@ -61,6 +86,7 @@ class Ledger:
         self.total_groups = total_groups
         self._entries: dict[int, LedgerEntry] = {}
         self._live: dict[int, LedgerEntry] = {}
+        self._recorded = 0
 
     def may_admit(self) -> bool:
         """Whether a slot is free and another group is still needed."""
@@ -98,6 +124,29 @@ class Ledger:
         head = sorted(self._live)[: self.groups_per_step]
         ready = len(head) == self.groups_per_step and all(self._live[o].state is GroupState.READY for o in head)
         return head if ready else None
+
+    def record(self, step: int, batch: Sequence[int]) -> BatchRecord:
+        """What is to be remembered of a batch before the learner gets it."""
+        passed = [self._entries[order] for order in range(self._recorded, max(batch))]
+        dropped = {e.order: (e.row_id, e.reason) for e in passed if e.state is GroupState.DROPPED}
+        self._recorded = max(batch) + 1
+        return BatchRecord(step, {order: self._entries[order].row_id for order in batch}, dropped)
+
+    def restore(self, records: Sequence[BatchRecord], now: float) -> None:
+        """Take the place of a ledger that has made these records, all of their steps trained; this one is new.
+
+        Raises:
+            ValueError: the records do not account for every admission up to the last of them, each once.
+        """
+        for record in records:
+            ends = {order: (row, GroupState.TRAINED, "") for order, row in record.rows.items()}
+            ends |= {order: (row, GroupState.DROPPED, reason) for order, (row, reason) in record.dropped.items()}
+            for order in sorted(ends):
+                if order != len(self._entries):
+                    raise ValueError(f"step {record.step}: group {order} follows {len(self._entries)} others")
+                row, state, reason = ends[order]
+                self._entries[order] = LedgerEntry(order, row, state, now, reason)
+        self._recorded = len(self._entries)
 
     def count(self, state: GroupState) -> int:
         """Groups in a state."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from vlcot.groups import Failed, Scored, ScoredGroup
-from vlcot.rewards import COMPONENTS
+from vlcot.rewards import component_names
 
 Interval = tuple[float, float]
 
@@ -56,7 +56,7 @@ class PipelineMeter:
             "throughput/sampled_tokens_per_s": self._tokens / wall,
             "throughput/images_per_s": self._images / wall,
         }
-        metrics |= {f"failures/{name}": float(self._failures[name]) for name in COMPONENTS}
+        metrics |= {f"failures/{name}": float(self._failures[name]) for name in component_names(self._failures)}
         self.max_staleness = max(self.max_staleness, metrics.get("staleness/max", 0.0))
         self._step_began = now
         self._generations = [i for i in self._generations if i[1] > now - 60]
@@ -70,8 +70,8 @@ def reward_means(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     """``reward/total`` over valid samples and ``reward/NAME`` over the samples that have the component."""
     totals = np.concatenate([g.totals[g.valid] for g in groups])
     means = {"reward/total": float(totals.mean())} if totals.size else {}
-    for name in COMPONENTS:
-        values = [score.value for g in groups for s in g.scores if isinstance(score := s[name], Scored)]
+    for name in component_names(name for g in groups for scores in g.scores for name in scores):
+        values = [score.value for g in groups for s in g.scores if isinstance(score := s.get(name), Scored)]
         if values:
             means[f"reward/{name}"] = float(np.mean(values))
     return means

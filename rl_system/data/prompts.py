@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -30,18 +31,24 @@ class PromptBuilder:
         """The prompt of ``row``."""
         full = upscale_for_policy(row.lr, self._size)
         ids = self._builder.prompt(self._instruction, self._tokenizer.encode(full[None])[0].numpy())
-        return Prompt(group_id, row.row_id, seed, ids, row.lr, row.degradation)
+        return Prompt(group_id, row.row_id, seed, ids, row.lr, row.degradation, row.hq, row.objects)
 
 
-def training_prompts(source: RowSource, builder: PromptBuilder, rows: int, seed: int) -> Iterator[Prompt]:
-    """Endless prompts: epoch after epoch over ``rows`` training rows, each epoch shuffled by the seed."""
-    epoch = 0
+def training_prompts(
+    source: RowSource, builder: PromptBuilder, rows: int, seed: int, skip: int = 0
+) -> Iterator[Prompt]:
+    """Endless prompts: epoch after epoch over ``rows`` training rows, each epoch shuffled by the seed.
+
+    Args:
+        skip: leave out so many at the start, of a run that has admitted them before.
+    """
+    epoch, start = divmod(skip, rows)
     while True:
-        order = np.random.default_rng([seed, epoch]).permutation(rows)
-        for place, index in enumerate(order.tolist()):
+        order = np.random.default_rng([seed, epoch]).permutation(rows).tolist()
+        for place, index in enumerate(order[start:], start):
             row = source.row(index, "train")
             identity = f"epoch-{epoch}/{row.row_id}"
             sample_seed = int(np.random.default_rng([seed, epoch, place, 1]).integers(2**31))
-            prompt = builder.build(Row(identity, row.hq, row.lr, row.degradation), identity, sample_seed)
+            prompt = builder.build(replace(row, row_id=identity), identity, sample_seed)
             yield prompt
-        epoch += 1
+        epoch, start = epoch + 1, 0

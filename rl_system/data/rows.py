@@ -30,12 +30,14 @@ class Row:
         hq: uint8 [S, S, 3] RGB ground truth.
         lr: uint8 [S/4, S/4, 3] RGB.
         degradation: true description (:mod:`vlcot.degradation.text`).
+        objects: names of the main objects, lower case; None where the source does not know them.
     """
 
     row_id: str
     hq: np.ndarray
     lr: np.ndarray
     degradation: str
+    objects: tuple[str, ...] | None = None
 
 
 class RowSource(Protocol):
@@ -56,7 +58,7 @@ class ToyPhotographs:
         from toy.rows import row  # the toy's photographs are only loaded where they are used
 
         toy = row(index, split, self._seed)
-        return Row(toy.row_id, toy.hq, toy.lr, toy.degradation)
+        return Row(toy.row_id, toy.hq, toy.lr, toy.degradation, toy.objects)
 
 
 class ImageFolder:
@@ -67,12 +69,14 @@ class ImageFolder:
     Args:
         folder: searched recursively for PNG, JPEG, WebP, BMP and TIFF files.
         size: side of the HQ crop in pixels; images with a shorter side are refused.
+        tags: folder with a text file for each image, of the same relative path with the suffix ``.txt``: the names of
+            its main objects, separated by commas, in the first line (SeeSR's and the authors' format). None: unknown.
 
     Raises:
-        ValueError: the folder is missing or holds no image, an image cannot be read or is too small.
+        ValueError: a folder is missing or holds no image, an image cannot be read or is too small, tags are missing.
     """
 
-    def __init__(self, folder: str, size: int, seed: int) -> None:
+    def __init__(self, folder: str, size: int, seed: int, tags: str | None = None) -> None:
         self._root, self._size, self._seed = Path(folder), size, seed
         if not self._root.is_dir():
             raise ValueError(f"data.path={folder}: no such folder")
@@ -81,6 +85,7 @@ class ImageFolder:
             raise ValueError(f"data.path={folder}: no image there ({', '.join(IMAGE_SUFFIXES)})")
         for path in files:
             self._check(path)
+        self._objects = {path: self._tags(Path(tags), path) for path in files} if tags else {}
         self._splits: dict[str, list[Path]] = {"train": [], "heldout": []}
         for path in files:
             self._splits["heldout" if self._held_out(path) else "train"].append(path)
@@ -105,11 +110,20 @@ class ImageFolder:
         hq = np.ascontiguousarray(hq)
         lr, record = degrade(hq, SEESR_TRAINING, int(rng.integers(2**31)))
         name = f"{path.relative_to(self._root).as_posix()}#{index}"
-        return Row(name, hq, lr, describe(record, SEESR_TRAINING))
+        return Row(name, hq, lr, describe(record, SEESR_TRAINING), self._objects.get(path))
 
     def _held_out(self, path: Path) -> bool:
         digest = hashlib.blake2b(path.relative_to(self._root).as_posix().encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") % HELDOUT_SHARE == 0
+
+    def _tags(self, folder: Path, image: Path) -> tuple[str, ...]:
+        path = (folder / image.relative_to(self._root)).with_suffix(".txt")
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"data.tags={folder}: cannot read the tags of {image}: {error}") from error
+        names = (" ".join(name.lower().split()) for name in (lines[0] if lines else "").split(","))
+        return tuple(dict.fromkeys(name for name in names if name))
 
     def _check(self, path: Path) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -9,12 +10,17 @@ import time
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
+from rl_system.config.resume import changed_settings
 from rl_system.runs.files import write_atomic, write_json
 
-State = Literal["running", "done", "interrupted", "failed"]
+State = Literal["running", "done", "interrupted", "stopped", "failed"]
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+class RunStopped(Exception):
+    """The run was asked to stop; the learner has written a checkpoint of what it had done."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,35 @@ class RunDirectory:
             raise ValueError(f"{path} is not the directory of a run: it has no {run.config.name}")
         return run
 
+    @classmethod
+    def resume(cls, root: Path | str, name: str, config_yaml: str) -> RunDirectory | None:
+        """The run of this name, to go on with, in the state that its last attempt left; None if there is none.
+
+        Raises:
+            ValueError: the path is no run, or the run was made with other settings that matter.
+        """
+        path = Path(root) / name
+        if not path.exists():
+            return None
+        run = cls.open(path)
+        if changed := changed_settings(run.config.read_text(), config_yaml):
+            raise ValueError(f"{path} cannot go on with other settings: {'; '.join(changed)}")
+        return run
+
+    def lock(self) -> IO[str]:
+        """Claim the run for this process, until the answer is closed or the process ends.
+
+        Raises:
+            ValueError: another process writes to it.
+        """
+        claim = (self.path / "lock").open("a")
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            claim.close()
+            raise ValueError(f"{self.path} is being written to by another process: wait for it, or end it") from None
+        return claim
+
     @property
     def name(self) -> str:
         """Name of the run."""
@@ -75,6 +110,11 @@ class RunDirectory:
     def metrics(self) -> Path:
         """One line of metrics per step (:mod:`rl_system.runs.sinks`)."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def journal(self) -> Path:
+        """Rows of every step (:mod:`rl_system.runs.journal`)."""
+        return self.path / "journal.jsonl"
 
     @property
     def timeline(self) -> Path:

@@ -11,17 +11,14 @@ from vlcot.groups import Sample
 
 
 @dataclass(frozen=True, eq=False)
-class EvaluatedPrompt:
-    """A held-out prompt, sampled and scored.
+class PromptFigures:
+    """The figures of a held-out prompt.
 
     Attributes:
         row_id: row of the held-out split.
         total: mean total reward over the samples that have one.
         components: mean of each reward over the samples; None where it is absent for this image.
         psnr, ssim: mean over the samples with a final image, against the ground truth; None without any.
-        lr, hq: uint8 RGB, the LR image as taken and the ground truth.
-        degradation: true description.
-        example: the first sample.
     """
 
     row_id: str
@@ -29,6 +26,18 @@ class EvaluatedPrompt:
     components: Mapping[str, float | None]
     psnr: float | None
     ssim: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluatedPrompt(PromptFigures):
+    """A held-out prompt, sampled and scored.
+
+    Attributes:
+        lr, hq: uint8 RGB, the LR image as taken and the ground truth.
+        degradation: true description.
+        example: the first sample.
+    """
+
     lr: np.ndarray
     hq: np.ndarray
     degradation: str

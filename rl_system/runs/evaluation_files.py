@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_system.runs.directory import RunDirectory
-from rl_system.runs.evaluated import EvaluatedPrompt
+from rl_system.runs.evaluated import EvaluatedPrompt, PromptFigures
 from rl_system.runs.files import write_json
 from rl_system.runs.pictures import write_chain_pictures, write_png
 
@@ -30,6 +30,12 @@ class StoredEvaluation:
 
     folder: Path
     prompts: tuple[Mapping[str, Any], ...]
+
+    @property
+    def figures(self) -> list[PromptFigures]:
+        """Without texts and pictures."""
+        names = ("row_id", "total", "components", "psnr", "ssim")
+        return [PromptFigures(**{name: record[name] for name in names}) for record in self.prompts]
 
 
 def write_evaluation(run: RunDirectory, moment: str, prompts: Sequence[EvaluatedPrompt], pictures: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,13 @@ class JsonLines:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def cut_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the lines of a file whose object ``keep`` refuses, and incomplete ones; no file stays none."""
+    if path.exists():
+        kept = [json.dumps(record) for record in read_json_lines(path) if keep(record)]
+        write_atomic(path, "".join(f"{line}\n" for line in kept))
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:

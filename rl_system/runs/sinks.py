@@ -12,7 +12,7 @@ from typing import Protocol
 from tensorboardX import SummaryWriter
 
 from rl_system.runs.directory import RunDirectory
-from rl_system.runs.files import JsonLines, read_json_lines
+from rl_system.runs.files import JsonLines, cut_json_lines, read_json_lines
 
 _RESERVED = ("step", "time_s", "nonfinite")
 
@@ -51,10 +51,10 @@ class JsonlSink:
 
 
 class TensorBoardSink:
-    """TensorBoard scalars in ``directory``."""
+    """TensorBoard scalars in ``directory``; those of steps after ``done`` that are there already no longer show."""
 
-    def __init__(self, directory: Path) -> None:
-        self._writer = SummaryWriter(str(directory))
+    def __init__(self, directory: Path, done: int = 0) -> None:
+        self._writer = SummaryWriter(str(directory), purge_step=done + 1 if done else None)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add each metric as a scalar."""
@@ -84,9 +84,10 @@ class CompositeSink:
             sink.close()
 
 
-def open_sinks(run: RunDirectory) -> MetricSink:
-    """All sinks of a run: ``metrics.jsonl`` and ``tensorboard/``."""
-    return CompositeSink([JsonlSink(run.metrics), TensorBoardSink(run.tensorboard)])
+def open_sinks(run: RunDirectory, done: int = 0) -> MetricSink:
+    """All sinks of a run: ``metrics.jsonl`` and ``tensorboard/``; they go on behind step ``done``."""
+    cut_json_lines(run.metrics, lambda line: line["step"] <= done)
+    return CompositeSink([JsonlSink(run.metrics), TensorBoardSink(run.tensorboard, done)])
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from rl_system.runs.directory import RunDirectory
-from rl_system.runs.evaluated import EvaluatedPrompt
+from rl_system.runs.evaluated import PromptFigures
 from rl_system.runs.files import write_json
-from vlcot.rewards import COMPONENTS
+from vlcot.rewards import component_names
 
 
 def paired_bootstrap_ci(
@@ -41,8 +41,8 @@ def paired_bootstrap_ci(
 
 
 def build_summary(
-    before: Sequence[EvaluatedPrompt],
-    after: Sequence[EvaluatedPrompt],
+    before: Sequence[PromptFigures],
+    after: Sequence[PromptFigures],
     *,
     seed: int,
     kl_final: float | None,
@@ -65,13 +65,14 @@ def build_summary(
         raise ValueError("the evaluations before and after must be of the same prompts in the same order")
     gain, low, high = paired_bootstrap_ci([p.total for p in before], [p.total for p in after], seed)
     restored = [(b, a) for b, a in zip(before, after, strict=True) if None not in (b.psnr, a.psnr, b.ssim, a.ssim)]
+    names = component_names(before[0].components)
     summary: dict[str, Any] = {
         "reward_before": _mean([p.total for p in before]),
         "reward_after": _mean([p.total for p in after]),
         "reward_gain": gain,
         "reward_gain_ci95": [low, high],
-        "rewards_before": {name: _mean([p.components[name] for p in before]) for name in COMPONENTS},
-        "rewards_after": {name: _mean([p.components[name] for p in after]) for name in COMPONENTS},
+        "rewards_before": {name: _mean([p.components[name] for p in before]) for name in names},
+        "rewards_after": {name: _mean([p.components[name] for p in after]) for name in names},
         "psnr_before": _mean([b.psnr for b, _ in restored]),
         "psnr_after": _mean([a.psnr for _, a in restored]),
         "ssim_before": _mean([b.ssim for b, _ in restored]),

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import JanusVQVAE, JanusVQVAEConfig
 
 from actors.push import LoadReport
 from actors.rollout_actor import RolloutActor
 from actors.spec import RolloutSpec
+from benchmarks.random_family import write_image_tokenizer
 from tests.families import CODEBOOK, INSTRUCTION, random_policy
 from vlcot.groups import Prompt, Sample
 from vlcot.policy.family import Family
@@ -38,20 +38,6 @@ def lively_policy(directory: Path, seed: int) -> VlcotForCausalLM:
     return model.eval()
 
 
-def random_vq(directory: Path) -> None:
-    torch.manual_seed(0)
-    config = JanusVQVAEConfig(
-        embed_dim=8,
-        num_embeddings=CODEBOOK,
-        latent_channels=32,
-        base_channels=32,
-        channel_multiplier=[1, 1, 1, 1],
-        num_res_blocks=1,
-        num_patches=8,
-    )
-    JanusVQVAE(config).save_pretrained(directory)
-
-
 @dataclasses.dataclass(frozen=True)
 class Checkpoints:
     policy: Path
@@ -74,7 +60,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("actors")
     model = lively_policy(root / "policy", seed=0)
-    random_vq(root / "vq")
+    write_image_tokenizer(root / "vq", CODEBOOK)
     return Checkpoints(root / "policy", root / "vq", Family.from_pretrained(root / "policy"), model)
 
 

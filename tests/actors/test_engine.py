@@ -115,6 +115,21 @@ def test_pitfall_27_samples_are_distinct_and_reproducible(engine):
     assert all(long) and len({ids for group in long for ids in group}) == sum(map(len, long))
 
 
+def test_a_group_has_the_same_bits_whatever_else_is_under_way(engine):
+    """On one thread the kernels sum each row in one order; an exact resume rests on it (docs/resume.md)."""
+    actor, prompt = engine.actor, engine.checkpoints.prompt
+    engine.set(group_size=8)
+    alone = engine.run(actor.generate(prompt(seed=5)))
+
+    async def together():
+        groups = [actor.generate(prompt(seed=seed, group=f"g{seed}")) for seed in (4, 5, 6)]
+        return await asyncio.gather(*groups, engine.push(engine.model))
+
+    _, among, _, _ = engine.run(together())
+    for left, right in zip(alone.samples, among.samples, strict=True):
+        assert np.array_equal(left.ids, right.ids) and np.array_equal(left.logprobs, right.logprobs)
+
+
 def test_pitfall_27_each_replica_has_its_own_engine_seed(engine):
     info = engine.run(engine.actor.ready())
     assert info["seed"] == SPEC_SEED + INDEX == engine.actor._engine.vllm_config.model_config.seed

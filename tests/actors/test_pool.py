@@ -14,6 +14,7 @@ import ray
 
 from actors.pool import RolloutPool
 from tests.actors.conftest import layout_of, learner_logprobs, lively_policy
+from tests.processes import alive
 from vlcot.weights import checksums, pack
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -22,7 +23,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 @pytest.fixture(scope="module")
 def cluster():
     os.environ.update(RAY_AUTH_MODE="disabled", RAY_TRAIN_V2_ENABLED="1")
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -80,7 +81,7 @@ async def life_and_death(pool, checkpoints, other):
     assert {span.version for sample in after.samples for span in sample.versions} == {1}
     learner = learner_logprobs(other, checkpoints.family, prompt, after.samples[0], 0.9)
     assert np.abs(learner - after.samples[0].logprobs).max() < 1e-5
-    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert not [child for child in children if alive(child)]
     statistics = await pool.statistics()
     assert statistics["failures"] == 1 and statistics["healthy"] == 1 and statistics["outstanding"] == 0
     assert statistics["per_actor"][0]["weight_version"] == 1

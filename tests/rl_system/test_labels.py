@@ -18,11 +18,11 @@ from ray.cluster_utils import Cluster
 
 import actors.pool
 import learners.launch
-from reward_servers.deploy import deploy_app
+from reward_servers.deploy import application, deploy
 from rl_system import assembly
 from rl_system.config.compose import compose_config
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
 POOLS = ("rollout", "learner", "reward-sam", "reward-vlm")
@@ -48,6 +48,9 @@ class Sampler:
 
 class Server:
     """In the place of a reward server."""
+
+    def reconfigure(self, user_config):
+        assert user_config == {}
 
     def node(self):
         return here()
@@ -85,7 +88,7 @@ def configured(*overrides):
 
 def pool_of(config):
     return actors.pool.RolloutPool(
-        assembly.rollout_spec(config), config.rollout.actors, {"CPU": 1}, 60, labels=config.rollout.labels
+        assembly.rollout_spec(config), config.rollout.actors, {"CPU": 1}, 180, labels=config.rollout.labels
     )
 
 
@@ -103,13 +106,13 @@ def test_each_kind_of_process_lands_on_the_nodes_of_its_pool(nodes, tmp_path, mo
     spec = assembly.learner_spec(config)
     group = learners.launch.LearnerGroup(spec, None, None, None, tmp_path, "run", labels=config.learner.labels)
     group.start()
-    group.result(timeout=120)
+    group.result(timeout=250)
     written = sorted((tmp_path / "run").glob("node-*"))
     assert [file.read_text() for file in written] == [node_of["learner"]] * 2
 
     for app, pool in ((assembly.detector_app(config), "reward-sam"), (assembly.expert_app(config), "reward-vlm")):
-        handle = deploy_app(Server, app)
-        assert {handle.node.remote().result(timeout_s=60) for _ in range(8)} == {node_of[pool]}
+        handle = deploy({app.name: application(Server, app)})[app.name]
+        assert {handle.node.remote().result(timeout_s=180) for _ in range(8)} == {node_of[pool]}
     replicas = serve.status().applications["qwen_vl"].deployments["qwen_vl"].replica_states
     assert {str(state): count for state, count in replicas.items()} == {"RUNNING": 2}
     rollout.stop()
@@ -129,7 +132,7 @@ def test_a_label_that_no_node_has_is_refused_by_name(nodes, key, setting):
     began = time.monotonic()
     with pytest.raises(ValueError, match=f"cannot place {setting}: no node .* rl.io/pool=nowhere; there is .*=learner"):
         assembly.check_resources(config)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
 
 
 def test_the_pool_of_actors_refuses_it_too(nodes):

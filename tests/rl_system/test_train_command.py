@@ -10,11 +10,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+import ray
 from PIL import Image
+from ray._private.services import canonicalize_bootstrap_address
 
 from rl_system.commands.main import main
+from rl_system.commands.train import _connect
+from rl_system.config.compose import load_config
+from tests.processes import alive
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["learner.steps=2", "learner.groups_per_step=2", "learner.warmup_steps=0", "evaluation.prompts=3"]
@@ -90,6 +96,15 @@ def test_a_missing_folder_and_an_unreadable_image_are_refused_by_name(capsys, tm
     assert "small.png is 10x80" in refused(capsys, tmp_path, "data=folder", f"data.path={folder}")
 
 
+@pytest.mark.unit
+def test_a_local_run_starts_its_own_ray_even_where_a_cluster_can_be_found(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(ray, "init", lambda **options: asked.update(options))
+    monkeypatch.setattr(os, "environ", os.environ | {"RAY_ADDRESS": "127.0.0.1:6379"})
+    _connect(load_config(["experiment=toy"]))
+    assert canonicalize_bootstrap_address(asked["address"]) is None  # Ray's own reading of it
+
+
 def start(tmp_path: Path, name: str, *overrides: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "rl_system", "train", "experiment=toy", f"name={name}", f"output_dir={tmp_path}"]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
@@ -105,20 +120,47 @@ def start(tmp_path: Path, name: str, *overrides: str) -> subprocess.Popen:
     )
 
 
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def still_alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that do not end within half a minute."""
+    gone, _ = psutil.wait_procs([p for p in processes if p.is_running()], timeout=30)
+    return [p for p in processes if p not in gone and alive(p)]
+
+
 def descendants(process: subprocess.Popen) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
 @pytest.mark.engine
 @pytest.mark.timeout(900)
-def test_a_tiny_run_goes_from_start_to_report_with_every_part_real(tmp_path):
-    process = start(tmp_path, "tiny")
+def test_a_tiny_run_is_stopped_goes_on_and_ends_with_a_report_with_every_part_real(tmp_path):
+    run, settings = tmp_path / "tiny", ["learner.steps=4", "learner.checkpoint_every=1", "resume=auto"]
+    process = start(tmp_path, "tiny", *settings)
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if line.startswith("step 1/4"):
+            children = descendants(process)
+            process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 75, "".join(said)[-4000:]
+    assert len(children) > 12 and still_alive(children) == []  # Ray, the engines and the learner ranks
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped" and not (run / "summary.json").exists()
+    stopped = [record["step"] for record in lines(run / "metrics.jsonl")]
+    assert stopped in ([1], [1, 2], [1, 2, 3]), "".join(said)
+
+    process = start(tmp_path, "tiny", *settings)
     output, _ = process.communicate()
     assert process.returncode == 0, output[-4000:]
-    run = tmp_path / "tiny"
+    assert "evaluating before" not in output
+    rows = [row for record in lines(run / "journal.jsonl") for row in record["rows"].values()]
+    order = np.random.default_rng([0, 0]).permutation(4096)
+    assert rows == [f"epoch-0/train/{index:06d}" for index in order[:8]]
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["steps"] == 2
-    assert summary["groups_trained"] == 4
+    assert summary["steps"] == 4
+    assert summary["groups_trained"] == 8
     assert summary["prompts"] == 3
     assert summary["max_staleness_seen"] <= 1
     assert summary["weight_checksum_match"] is True
@@ -127,8 +169,9 @@ def test_a_tiny_run_goes_from_start_to_report_with_every_part_real(tmp_path):
     assert set(summary["rewards_after"]) == {"format", "degradation", "understanding", "generation"}
     assert summary["engines"]["rollout"][0]["vllm"].startswith("0.32")
     assert summary["engines"]["learner"]["deepspeed"].startswith("0.19")
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in metrics] == [1, 2]
+    metrics = lines(run / "metrics.jsonl")
+    assert [record["step"] for record in metrics] == [1, 2, 3, 4]
+    assert [record["weights/version"] for record in metrics] == [1, 2, 3, 4]
     assert metrics[0]["mismatch/max"] < 1e-4  # sampler and learner agree on fresh samples (pitfall 22)
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     assert (run / "report.html").stat().st_size > 10_000
@@ -138,22 +181,17 @@ def test_a_tiny_run_goes_from_start_to_report_with_every_part_real(tmp_path):
 
 @pytest.mark.engine
 @pytest.mark.timeout(600)
-def test_ctrl_c_ends_all_processes_and_leaves_a_valid_run_directory(tmp_path):
+def test_ctrl_c_while_everything_starts_ends_all_processes_and_leaves_a_valid_run_directory(tmp_path):
     process = start(tmp_path, "stopped")
     for line in process.stdout:
-        if "evaluating before" in line:
+        if "starting rollout actors" in line:
             break
-    children = descendants(process)
-    assert len(children) > 5  # Ray, the engines and the learner ranks
+    while len(children := descendants(process)) < 12:  # Ray, and the first engines
+        time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
     assert process.returncode == 130
-    deadline = time.monotonic() + 30
-    while (alive := [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE]) and (
-        time.monotonic() < deadline
-    ):
-        time.sleep(0.5)
-    assert not alive
+    assert still_alive(children) == []
     run = tmp_path / "stopped"
     assert json.loads((run / "status.json").read_text())["state"] == "interrupted"
     assert not (run / "summary.json").exists()

@@ -1,0 +1,222 @@
+"""What the coordinator does with failed rewards, against a learner and servers that answer at once."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from reward_servers.policies import FailFast, FailurePolicy, MinViableGroup, RetryThenDrop, RewardFailure
+from rl_system.coordination.coordinator import Coordinator, Observer, Plan, StalledError
+from rl_system.coordination.experience_queue import StepReport
+from rl_system.coordination.ledger import GroupState
+from tests.rl_system.runs.synthetic import scored_group
+from vlcot.groups import Failed, Scored
+
+pytestmark = pytest.mark.unit
+
+WHOLE = scored_group(0, 1.0)
+REASON = "qwen_vl failed 4 times; last: ConnectionError: gone"
+
+
+def failed(group, count):
+    """``group`` in which the first ``count`` samples have no reward."""
+    bad = np.arange(len(group.valid)) < count
+    scores = tuple({"generation": Failed(REASON) if b else Scored(0.5)} for b in bad)
+    return replace(group, scores=scores, totals=np.where(bad, np.nan, 0.5), valid=~bad)
+
+
+class Scorer:
+    """Fails ``failures[n]`` samples in the n-th scoring (none after the last)."""
+
+    def __init__(self, failures=()):
+        self.failures = list(failures)
+        self.scorings = 0
+        self.left = ()
+
+    def left_alone(self):
+        return self.left
+
+    def find_objects(self, prompt):
+        return asyncio.get_running_loop().create_future()
+
+    async def score(self, group, objects):
+        await asyncio.sleep(0)
+        count = self.failures[self.scorings] if self.scorings < len(self.failures) else 0
+        self.scorings += 1
+        return failed(replace(WHOLE, group=group), count)
+
+
+class Queue:
+    """The learner: a step for every batch, at once."""
+
+    def __init__(self):
+        self.reports = asyncio.Queue()
+        self.batches = []
+        self.closed = False
+        self.put_batch = SimpleNamespace(remote=self._put)
+        self.next_report = SimpleNamespace(remote=self.reports.get)
+        self.close = SimpleNamespace(remote=self._close)
+
+    async def _put(self, step, groups):
+        self.batches.append(groups)
+        self.reports.put_nowait(StepReport(step, {}))
+
+    async def _close(self):
+        self.closed = True
+
+
+class Pool:
+    """Generates a group at once."""
+
+    def __init__(self):
+        self.generated = 0
+
+    async def generate(self, prompt):
+        self.generated += 1
+        return replace(WHOLE.group, prompt=prompt)
+
+
+def prompts(number=0):
+    while True:
+        yield replace(WHOLE.group.prompt, group_id=f"g{number}", row_id=f"row-{number}")
+        number += 1
+
+
+class Run:
+    """A coordinator with everything around it; two steps of two groups."""
+
+    def __init__(self, policy: FailurePolicy, scorer: Scorer, stall_timeout_s: float = 30.0, done=(), steps=2) -> None:
+        self.queue, self.pool, self.scorer = Queue(), Pool(), scorer
+        self.groups, self.records = [], []
+        nothing = lambda *_: None  # noqa: E731
+        self.coordinator = Coordinator(
+            Plan(steps=steps, groups_per_step=2, max_staleness=0, stall_timeout_s=stall_timeout_s, policy=policy),
+            prompts(done[-1].admitted if done else 0),
+            self.pool,
+            scorer,
+            self.queue,
+            lambda: None,
+            Observer(nothing, self.groups.append, self.records.append, nothing, nothing),
+            done,
+        )
+
+    async def wait(self):
+        await asyncio.wait_for(self.coordinator.run(), 20)
+
+    @property
+    def trained(self):
+        return [group.group.prompt.group_id for batch in self.queue.batches for group in batch]
+
+
+def run(policy, failures=(), **options) -> Run:
+    async def story():
+        made = Run(policy, Scorer(failures), **options)
+        await made.wait()
+        return made
+
+    return asyncio.run(story())
+
+
+def test_without_failures_every_group_is_trained_once():
+    done = run(FailFast())
+    assert done.trained == ["g0", "g1", "g2", "g3"] and done.scorer.scorings == 4 and done.queue.closed
+
+
+def test_a_group_is_scored_again_and_then_trained():
+    done = run(RetryThenDrop(1), failures=[1])
+    assert sorted(done.trained) == ["g0", "g1", "g2", "g3"] and done.scorer.scorings == 5
+    assert all(group.valid.all() for batch in done.queue.batches for group in batch)
+
+
+def test_a_group_that_keeps_failing_is_dropped_with_its_reason_and_replaced():
+    done = run(MinViableGroup(0.75), failures=[2])
+    ledger = done.coordinator.ledger
+    assert ledger.counts()[GroupState.DROPPED] == 1 and len(done.trained) == 4 and "g0" not in done.trained
+    assert ledger.dropped_rows() == {"row-0": f"2 of 4 samples have no reward: generation: {REASON} (2)"}
+    assert len(done.groups) == 5
+
+
+def test_enough_samples_are_trained_without_the_failed_one():
+    done = run(MinViableGroup(0.75), failures=[1])
+    assert done.trained == ["g0", "g1", "g2", "g3"]
+    assert sum(int(group.valid.sum()) for batch in done.queue.batches for group in batch) == 15
+
+
+def test_fail_fast_ends_the_run_with_group_and_reason():
+    with pytest.raises(RewardFailure, match=r"group g\d: 1 of 4 samples have no reward: generation: qwen_vl"):
+        run(FailFast(), failures=[0, 1])
+
+
+def test_a_run_in_which_every_group_is_dropped_ends_and_says_why():
+    with pytest.raises(StalledError, match=r"groups were dropped; the last: 4 of 4 samples .*ConnectionError: gone"):
+        run(MinViableGroup(0.75), failures=[4] * 1_000_000, stall_timeout_s=0.2)
+
+
+def test_no_prompt_is_admitted_while_a_server_is_left_alone():
+    async def story():
+        made = Run(FailFast(), Scorer())
+        made.scorer.left = ("qwen_vl",)
+        running = asyncio.create_task(made.wait())
+        await asyncio.sleep(0.1)
+        before = made.pool.generated
+        made.scorer.left = ()
+        await running
+        return before, made
+
+    before, done = asyncio.run(story())
+    assert before == 0 and len(done.trained) == 4
+
+
+def test_a_server_that_is_left_alone_for_too_long_is_named():
+    async def story():
+        made = Run(FailFast(), Scorer(), stall_timeout_s=0.2)
+        made.scorer.left = ("qwen_vl",)
+        await made.wait()
+
+    with pytest.raises(StalledError, match="Left alone after failures: qwen_vl"):
+        asyncio.run(story())
+
+
+def test_a_run_that_goes_on_trains_what_is_left_and_nothing_again():
+    first = run(MinViableGroup(0.75), failures=[0, 2, 0])
+    assert [dict(record.rows) for record in first.records] == [{0: "row-0", 2: "row-2"}, {3: "row-3", 4: "row-4"}]
+    assert list(first.records[0].dropped) == [1]
+    second = run(MinViableGroup(0.75), done=first.records[:1], steps=3)
+    assert second.trained == ["g3", "g4", "g5", "g6"] and [record.step for record in second.records] == [2, 3]
+    ledger = second.coordinator.ledger
+    assert ledger.trained_rows() == [f"row-{n}" for n in (0, 2, 3, 4, 5, 6)]
+    assert list(ledger.dropped_rows()) == ["row-1"]
+
+
+def test_a_run_that_is_done_has_nothing_left():
+    first = run(FailFast())
+    second = run(FailFast(), done=first.records)
+    assert second.pool.generated == 0 and not second.queue.batches and second.queue.closed
+
+
+def test_a_stop_lets_the_learner_finish_its_step():
+    async def story():
+        made = Run(FailFast(), Scorer(), steps=50)
+        put = made.queue._put
+
+        async def slow_learner(step, groups):
+            made.queue.batches.append(groups)
+            if step == 3:
+                made.coordinator.stop()
+                await asyncio.sleep(0)
+                asyncio.get_running_loop().call_later(0.05, made.queue.reports.put_nowait, StepReport(step, {}))
+            else:
+                made.queue.batches.pop()
+                await put(step, groups)
+
+        made.queue.put_batch = SimpleNamespace(remote=slow_learner)
+        await made.wait()
+        return made
+
+    stopped = asyncio.run(story())
+    assert len(stopped.queue.batches) == len(stopped.records) == 3 and stopped.queue.closed
+    assert stopped.coordinator.ledger.count(GroupState.TRAINED) == 6
