@@ -3,7 +3,7 @@
 #   ACCELERATOR=cpu|cuda   which pinned list is installed (default cpu)
 #   TORCH_INDEX=URL        extra package index for the CPU build of torch, where the default index offers
 #                          only CUDA builds: TORCH_INDEX=https://download.pytorch.org/whl/cpu
-#   SEED=n                 seed of `make run`
+#   SEED=n                 seed of `make run`; of the moments at which `make chaos` kills
 #   PYTHON=python3.11      interpreter that the virtual environment is made from
 
 ACCELERATOR ?= cpu
@@ -11,6 +11,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 SEED ?= 0
 BIN := $(VENV)/bin
+TRL := $(VENV)/benchmarks-trl
 INSTALLED := $(VENV)/.installed-$(ACCELERATOR)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -19,7 +20,7 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: run test test-unit check format setup toy-weights clean
+.PHONY: run test test-unit check format setup bench bench-rewards bench-trl chaos toy-weights clean
 
 setup: $(INSTALLED)
 
@@ -34,11 +35,11 @@ $(INSTALLED): requirements/$(ACCELERATOR).txt pyproject.toml tools/torchvision_o
 run: setup
 	$(BIN)/rl-system train experiment=toy seed=$(SEED) overwrite=true
 
-test: setup
-	$(BIN)/python -m pytest
+test: test-unit
+	$(BIN)/python -m pytest -m "not unit"
 
 test-unit: setup
-	$(BIN)/python -m pytest -m unit
+	$(BIN)/python -m pytest -m unit -n 2
 
 check: setup
 	$(BIN)/ruff check .
@@ -49,11 +50,31 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: bench-rewards bench-trl
+	$(BIN)/python -m benchmarks.logprob_head
+	$(BIN)/python -m benchmarks.shared_prompt
+	$(BIN)/python -m benchmarks.generation
+	$(BIN)/python -m benchmarks.async_speedup
+
+bench-rewards: setup
+	$(BIN)/python -m benchmarks.rewards
+	$(BIN)/python -m benchmarks.reward_hiding
+
+# TRL lies beside the pinned set, on the path of its own process only.
+bench-trl: setup
+	test -d $(TRL)/trl || $(PIP) --target $(TRL) trl==1.16.0
+	$(BIN)/python -m benchmarks.trl_loop --trl $(TRL)
+
+chaos: setup
+	$(BIN)/python -m benchmarks.chaos --seed $(SEED)
+
 toy-weights: setup
 	$(BIN)/python -m toy.train_vq
 	$(BIN)/python -m toy.train_grounding_dino
 	$(BIN)/python -m toy.train_sam
-	$(BIN)/python -m toy.train_qwen_vl
+	$(BIN)/python -m toy.train_qwen_vl --steps 2000 4000 --seed 0
+	$(BIN)/python -m toy.train_qwen_vl --steps 0 3000 --seed 1 --start toy/weights/qwen_vl
+	$(BIN)/python -m toy.train_qwen_vl --steps 0 9000 --seed 2 --pools 2000 --start toy/weights/qwen_vl
 	$(BIN)/python -m toy.tokenizer toy/weights/policy
 	$(BIN)/python -m toy.train_policy
 
