@@ -290,6 +290,8 @@ def process_environment(config: VisualExpertConfig) -> dict[str, str]:
         "OMP_NUM_THREADS": str(config.threads),
         # Several engines share a machine's cores; each would bind its threads to the same first ones.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # With one rank the engine's process works itself, as on a GPU; else the CPU platform starts another for that.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
     }

@@ -91,7 +91,7 @@ async def life_and_death(pool, checkpoints, other):
     pid = (await pool.handles()[0].ready.remote())["pid"]
     task = asyncio.create_task(pool.generate(prompt))
     await asyncio.sleep(0.1)
-    engine = max(psutil.Process(pid).children(), key=lambda child: len(child.children()))
+    (engine,) = [child for child in psutil.Process(pid).children() if child.name().startswith("VLLM::Engine")]
     engine.kill()
     with pytest.raises(RuntimeError, match="row0 failed on 1 actors: actor 0: EngineLostError"):
         await task
