@@ -172,7 +172,7 @@ class RolloutPool:
         return list(self._ready)
 
     async def served_checksums(self) -> dict[str, int]:
-        """CRC-32 per tensor of the last committed push, which every actor has verified; empty before the first."""
+        """XXH3 per tensor of the last committed push, which every actor has verified; empty before the first."""
         push: StoredPush | None = await self._store.latest.remote()
         return dict(push.checksums) if push else {}
 

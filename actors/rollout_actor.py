@@ -34,6 +34,8 @@ def process_environment(spec: RolloutSpec) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(spec.threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines share the cores; binding would stack them on one
+        # With one rank the engine's process works itself, as on a GPU; else the CPU platform starts another for that.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",  # the CPU worker does not leave by itself
@@ -208,8 +210,12 @@ class RolloutActor:
         """
         await asyncio.to_thread(self._push(version).write, index, data)
 
+    async def fetch(self, version: int, index: int, stored: Sequence[Any]) -> None:
+        """:meth:`receive` what lies in the object store; ``stored`` is its reference, in a list."""
+        await self.receive(version, index, await stored[0])
+
     async def finish(self, version: int, checksums: Mapping[str, int]) -> LoadReport:
-        """Verify what arrived, pause, load, verify what was loaded, serve ``version``, resume.
+        """Compare what arrived, pause, load, compare what was loaded, serve ``version``, resume.
 
         Raises:
             PushLostError: the push was not begun in this process, or a bucket is missing.
@@ -218,41 +224,29 @@ class RolloutActor:
                 go on serving; after loading, the actor stays paused and refuses to generate.
         """
         push = self._push(version)
-        seconds = {"transfer": time.perf_counter() - push.started}
         try:
+            arrived = push.check(checksums)
             async with self._loading:
-                await self._verify(push, checksums)
-                seconds |= await self._load(push, checksums)
-            report = push.worker_report()
+                seconds = await self._load(push)
+            report = LoadReport(version, arrived, push.loaded(), {**push.seconds(), **seconds})
+        except ValueError as error:
+            raise RuntimeError(f"{self.name} refused weights {version}: {error}") from error
         finally:
             del self._pushes[version]
             push.discard()
         self._totals["pushes"] += 1
-        return LoadReport(version, report["checksums"], report["loaded"], {**seconds, **report["seconds"]})
+        return report
 
-    async def _verify(self, push: IncomingPush, checksums: Mapping[str, int]) -> None:
+    async def _load(self, push: IncomingPush) -> dict[str, float]:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        request = WeightTransferUpdateRequest(push.update_info("verify", checksums))
-        try:
-            await self._engine.start_weight_update()
-            await self._engine.update_weights(request)
-        except EngineDeadError as error:
-            raise self._lost("the vLLM engine died") from error
-        except Exception as error:
-            raise RuntimeError(f"{self.name} refused weights {push.version}: {error}") from error
-
-    async def _load(self, push: IncomingPush, checksums: Mapping[str, int]) -> dict[str, float]:
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        request = WeightTransferUpdateRequest(push.update_info("load", checksums))
         started = time.perf_counter()
         try:
             await self._engine.pause_generation(mode="keep", clear_cache=False)
             paused = time.perf_counter()
-            await self._engine.update_weights(request)
+            await self._engine.start_weight_update()
+            await self._engine.update_weights(WeightTransferUpdateRequest(push.update_info()))
             await self._engine.finish_weight_update(weight_version=str(push.version))
         except EngineDeadError as error:
             raise self._lost("the vLLM engine died") from error
@@ -265,14 +259,14 @@ class RolloutActor:
         await self._engine.resume_generation()
         done = time.perf_counter()
         self._totals["paused_s"] += done - started
-        return {"pause": paused - started, "resume": done - resuming}
+        return {"pause": paused - started, "load": resuming - paused, "resume": done - resuming}
 
     async def catch_up(self, push: StoredPush) -> int:
         """Take a stored push unless the actor already has it or a later one. Returns the version served."""
         if self._version < push.version:
             await self.begin(push.version, push.layout)
             for index, bucket in enumerate(push.buckets):
-                await self.receive(push.version, index, await bucket)
+                await self.fetch(push.version, index, [bucket])
             await self.finish(push.version, push.checksums)
         return self._version
 

@@ -15,6 +15,8 @@ from actors.push import LoadReport
 from vlcot.weights import Bucket, PushReport
 
 PHASES = ("transfer", "verify", "pause", "load", "resume")
+OPEN_BUCKETS = 2
+"""On their way to the store at a time: the learner gathers the next one meanwhile."""
 
 
 class ActorWeightSink:
@@ -38,6 +40,7 @@ class ActorWeightSink:
         self._nbytes = 0
         self._live: list[ActorHandle] = []
         self._calls: list[tuple[ActorHandle, Any]] = []
+        self._stored: list[Any] = []
 
     def begin(self, version: int, layout: Sequence[Bucket]) -> None:
         """Announce a push to all actors.
@@ -52,15 +55,22 @@ class ActorWeightSink:
         self._nbytes = sum(spec.nbytes for bucket in layout for spec in bucket)
         self._served = ray.get(self._store.begin.remote(version, layout), timeout=self._timeout_s)
         self._live = [] if self._served > version else list(self._actors)
-        self._calls = []
+        self._calls, self._stored = [], []
         self._call_all(lambda actor: actor.begin.remote(version, layout))
 
     def send(self, index: int, data: np.ndarray) -> None:
-        """Hand over bucket ``index``: stored once, fetched by every actor; returns before it has arrived."""
+        """Hand over bucket ``index``: stored once, fetched by every actor; returns before it has arrived.
+
+        Raises:
+            ray.exceptions.GetTimeoutError: an earlier bucket was not stored in time.
+        """
         if self._served > self._version:
             return
-        bucket: ray.ObjectRef = ray.get(self._store.put.remote(index, data), timeout=self._timeout_s)[0]
-        self._call_all(lambda actor: actor.receive.remote(self._version, index, bucket))
+        if len(self._stored) == OPEN_BUCKETS:
+            ray.get(self._stored.pop(0), timeout=self._timeout_s)
+        stored = self._store.put.remote(index, data)
+        self._stored.append(stored)
+        self._call_all(lambda actor: actor.fetch.remote(self._version, index, stored))
 
     def finish(self, checksums: Mapping[str, int]) -> PushReport:
         """Load on every live actor, verify each tensor, serve the new version.

@@ -37,7 +37,7 @@ class WeightStore:
         return self.version()
 
     def put(self, index: int, data: np.ndarray) -> list[ray.ObjectRef]:
-        """Keep bucket ``index``; its reference, in a list (Ray would resolve a bare one)."""
+        """Keep bucket ``index`` (uint8); its reference, in a list (Ray would resolve a bare one)."""
         self._buckets[index] = ray.put(data)
         return [self._buckets[index]]
 

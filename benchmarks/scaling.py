@@ -14,13 +14,11 @@ import argparse
 import os
 import tempfile
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import JanusVQVAEConfig
@@ -31,6 +29,7 @@ from benchmarks.toy_run import slow_reward, train
 from rl_system.runs.directory import RunDirectory
 from rl_system.studies.scaling.calibration import fit, simulated
 from rl_system.studies.scaling.measured import MeasuredRun, read_run
+from vlcot.weights import checksum
 
 DELAY_S = 4.0
 FITTED = (0, 8, 0.0)
@@ -125,8 +124,8 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 def checksum_speed() -> float:
     """Bytes per second of one core (``vlcot.weights.checksum``)."""
-    data = np.random.default_rng(0).bytes(1 << 28)
-    return round(len(data) / _seconds(lambda: zlib.crc32(data)) / 1e8) * 1e8
+    data = torch.randint(256, (1 << 28,), dtype=torch.uint8)
+    return round(data.numel() / _seconds(lambda: checksum(data)) / 1e8) * 1e8
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ class LearnerStart:
 
     Attributes:
         step: steps done, also the version of its weights; 0 in a fresh run.
-        checksums: CRC-32 per tensor of these weights, by name.
+        checksums: XXH3 per tensor of these weights, by name.
         engines: versions of deepspeed, torch and ray as imported in the worker.
     """
 

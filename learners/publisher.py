@@ -27,7 +27,7 @@ class Publisher:
         self._leader = dist.get_rank() == 0
 
     def checksums(self) -> dict[str, int]:
-        """CRC-32 of every whole tensor on rank 0; empty on the others."""
+        """XXH3 of every whole tensor on rank 0; empty on the others."""
         found: dict[str, int] = {}
         for bucket in self._layout:
             with gathered([self._parameters[spec.name] for spec in bucket]):
@@ -39,7 +39,8 @@ class Publisher:
         """Send all weights as ``version`` and wait until every receiver serves them.
 
         Returns:
-            Rank 0: ``time/push_*`` in seconds (``gather`` and the receivers' phases; ``total``),
+            Rank 0: ``time/push_*`` in seconds (``gather``; ``send``: until a bucket was handed over; the receivers'
+            phases, whose transfer overlaps with both; ``total``),
             ``weights/{version,bytes,receivers}``. Other ranks: empty.
 
         Raises:
@@ -47,7 +48,7 @@ class Publisher:
         """
         started = time.perf_counter()
         sums: dict[str, int] = {}
-        gather_s = 0.0
+        gather_s = send_s = 0.0
         if self._leader:
             sink.begin(version, self._layout)
         for index, bucket in enumerate(self._layout):
@@ -60,12 +61,15 @@ class Publisher:
                     del tensors
             gather_s += time.perf_counter() - gather_started
             if self._leader:
+                send_started = time.perf_counter()
                 sink.send(index, data)
+                send_s += time.perf_counter() - send_started
         if not self._leader:
             return {}
         report = sink.finish(sums)
         return {
             "time/push_gather": gather_s,
+            "time/push_send": send_s,
             **{f"time/push_{phase}": seconds for phase, seconds in report.seconds.items()},
             "time/push_total": time.perf_counter() - started,
             "weights/version": float(report.version),

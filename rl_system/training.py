@@ -235,7 +235,7 @@ class TrainingRun:
         return results
 
     async def _weights_match(self, pool: RolloutPool, result: LearnerResult) -> bool:
-        """Whether the actors serve exactly the exported policy: CRC-32 of every tensor, learner against actors."""
+        """Whether the actors serve exactly the exported policy: XXH3 of every tensor, learner against actors."""
         served = await pool.served_checksums()
         exported = load_file(result.policy_path / "model.safetensors")
         return served == checksums(exported.items())

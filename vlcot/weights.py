@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
+import xxhash
 
 
 @dataclass(frozen=True)
@@ -67,24 +67,37 @@ def pack(bucket: Bucket, tensors: Mapping[str, torch.Tensor]) -> np.ndarray:
 
 
 def unpack(bucket: Bucket, data: np.ndarray) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor for each spec of ``bucket``; copies, so ``data`` may be freed.
+    """Name and tensor for each spec of ``bucket``: views of ``data``, which must be writable.
 
     Raises:
         ValueError: ``data`` has not exactly the bucket's size.
     """
+    for spec, part in _cut(bucket, data):
+        yield spec.name, torch.from_numpy(part).view(getattr(torch, spec.dtype)).reshape(spec.shape)
+
+
+def bucket_checksums(bucket: Bucket, data: np.ndarray) -> dict[str, int]:
+    """:func:`checksum` of each tensor in ``data`` (uint8, may be read-only), by name.
+
+    Raises:
+        ValueError: ``data`` has not exactly the bucket's size.
+    """
+    return {spec.name: xxhash.xxh3_64_intdigest(part.data) for spec, part in _cut(bucket, data)}
+
+
+def _cut(bucket: Bucket, data: np.ndarray) -> Iterator[tuple[TensorSpec, np.ndarray]]:
     expected = sum(spec.nbytes for spec in bucket)
     if data.dtype != np.uint8 or data.size != expected:
         raise ValueError(f"bucket holds {data.size} bytes of {data.dtype}, the layout says {expected} of uint8")
     offset = 0
     for spec in bucket:
-        part = torch.from_numpy(data[offset : offset + spec.nbytes].copy())
-        yield spec.name, part.view(getattr(torch, spec.dtype)).reshape(spec.shape)
+        yield spec, data[offset : offset + spec.nbytes]
         offset += spec.nbytes
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """CRC-32 of the tensor's bytes (native order, contiguous)."""
-    return zlib.crc32(_bytes_of(tensor).data)
+    """XXH3 (64 bit) of the tensor's bytes (native order, contiguous)."""
+    return xxhash.xxh3_64_intdigest(_bytes_of(tensor).data)
 
 
 def checksums(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, int]:
@@ -102,7 +115,8 @@ class PushReport:
 
     Attributes:
         version: of the weights that all receivers now serve.
-        seconds: wall seconds per phase (``pause``, ``transfer``, ``load``, ``verify``, ``resume``).
+        seconds: wall seconds per phase (``transfer``, ``verify``, ``pause``, ``load``, ``resume``); generation stands
+            still in the last three.
         nbytes: bytes of all buckets.
         receivers: how many actors took the push.
     """

@@ -2,9 +2,10 @@
 
 What is checked, and where:
 
-* *Received*: the worker reads the buckets and compares the CRC-32 of each tensor with the sender's, before
-  the model is touched. A push that arrived wrong is refused and the old weights go on serving.
-* *Loaded*: after vLLM's own loading, the CRC-32 of each parameter of the model, fused projections cut back
+* *Received*: the actor compares the XXH3 of each tensor with the sender's as the buckets come
+  (:class:`actors.push.IncomingPush`), while generation goes on. A push that arrived wrong is refused before the engine
+  hears of it, and the old weights go on serving.
+* *Loaded*: after vLLM's own loading, the XXH3 of each parameter of the model, fused projections cut back
   into their parts, is compared with what was received (cast to the model's dtype). Linear layers are read
   at the moment before vLLM packs them for the CPU and drops the plain weight; so the packing itself is the
   one step that no checksum covers (log-prob parity after a push does). With tensor parallelism a rank has
@@ -14,7 +15,6 @@ What is checked, and where:
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +44,7 @@ def bucket_file(directory: str | Path, index: int) -> Path:
 
 
 def report_file(directory: str | Path, rank: int) -> Path:
-    """Where worker ``rank`` writes its report: JSON with ``checksums`` (received), ``loaded`` (how many
-    parameters were compared) and ``seconds`` (``verify``, ``load``)."""
+    """Where worker ``rank`` writes its report: JSON with ``loaded``, how many parameters were compared."""
     return Path(directory) / f"rank{rank}.json"
 
 
@@ -56,16 +55,14 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """One step of a push.
+    """One push.
 
     Attributes:
-        action: ``verify`` compares the files with ``checksums``; ``load`` puts them into the model.
         directory: holds one :func:`bucket_file` per bucket.
         layout: per bucket its tensors as [name, shape, dtype].
-        checksums: tensor name -> the sender's CRC-32.
+        checksums: tensor name -> XXH3.
     """
 
-    action: str
     directory: str
     layout: list[list[Any]]
     checksums: dict[str, int]
@@ -77,14 +74,14 @@ class UpdateInfo(WeightTransferUpdateInfo):
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and tensor, bucket by bucket."""
         for index, bucket in enumerate(self.buckets()):
-            yield from unpack(bucket, np.fromfile(bucket_file(self.directory, index), dtype=np.uint8))
+            # Private pages: vLLM takes the bytes from where they lie, and whoever writes writes a copy.
+            yield from unpack(bucket, np.memmap(bucket_file(self.directory, index), np.uint8, mode="c"))
 
 
 class FileWeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     """vLLM weight transfer backend ``vlcot_files``.
 
-    One push is ``start_weight_update``, ``update_weights`` with ``verify``, ``update_weights`` with ``load``
-    and ``finish_weight_update``. Generation need only be paused from ``load`` on.
+    One push is ``start_weight_update``, ``update_weights`` and ``finish_weight_update``, generation paused.
     """
 
     init_info_cls = InitInfo
@@ -95,48 +92,29 @@ class FileWeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Nothing to set up."""
 
     def start_weight_update(self) -> None:
-        """Begin a push; the model is not touched until its bytes are known to be right."""
-        self._received: dict[str, int] = {}
-        self._seconds = {"verify": 0.0, "load": 0.0}
+        """Nothing to prepare."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """As in the base class, without its device synchronisation, which a CPU has not."""
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Verify or load (:class:`UpdateInfo`).
-
-        Raises:
-            ValueError: a tensor whose checksum differs, by name; a tensor without a checksum or the reverse.
-        """
-        started = time.perf_counter()
-        if update_info.action == "verify":
-            self._verify(update_info)
-        elif update_info.action == "load":
-            self._load(update_info)
-        else:
-            raise ValueError(f"unknown action {update_info.action!r}: verify or load")
-        self._seconds[update_info.action] += time.perf_counter() - started
-
-    def _verify(self, update: UpdateInfo) -> None:
-        expected, model_dtype = dict(update.checksums), self.model_config.dtype
-        self._expected_loaded: dict[str, int] = {}
-        for name, tensor in update.tensors():
-            self._received[name] = checksum(tensor)
-            if expected.pop(name, None) != self._received[name]:
-                raise ValueError(f"tensor {name}: the checksum of what arrived is not the sender's")
-            cast = tensor.dtype != model_dtype
-            self._expected_loaded[name] = checksum(tensor.to(model_dtype)) if cast else self._received[name]
-        if expected:
-            raise ValueError(f"tensor {next(iter(expected))} has a checksum but is in no bucket")
-
-    def _load(self, update: UpdateInfo) -> None:
-        self._directory = update.directory
+        """Put the tensors into the model."""
+        self._directory = update_info.directory
+        self._expected = dict(update_info.checksums)
         self._loaded: dict[str, int] = {}
         initialize_layerwise_reload(self.model)
         self._watched = [_Watch(name, layer, self._loaded) for name, layer in _linear_layers(self.model)]
         model: Any = self.model
-        model.load_weights(update.tensors())
+        model.load_weights(self._as_loaded(update_info.tensors()))
+
+    def _as_loaded(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """In the model's dtype; what is cast gets a checksum of its own to be compared with."""
+        for name, tensor in tensors:
+            if tensor.dtype != self.model_config.dtype:
+                tensor = tensor.to(self.model_config.dtype)
+                self._expected[name] = checksum(tensor)
+            yield name, tensor
 
     def finish_weight_update(self) -> None:
         """Complete the loading, compare the model's parameters with what was received, write the report.
@@ -144,22 +122,14 @@ class FileWeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         Raises:
             ValueError: a parameter that is not what was received, or was not in the push, by name.
         """
-        started = time.perf_counter()
         finalize_layerwise_reload(self.model, self.model_config)
-        self._seconds["load"] += time.perf_counter() - started
-        started = time.perf_counter()
         for watch in self._watched:
             watch.release()
         whole = get_tensor_model_parallel_world_size() == 1
         if whole:
             self._loaded.update(_plain_checksums(self.model, self.model_config.hf_config.vocab_size))
-            _compare(self._loaded, self._expected_loaded)
-        self._seconds["verify"] += time.perf_counter() - started
-        report = {
-            "checksums": self._received,
-            "loaded": len(self._loaded) if whole else 0,
-            "seconds": self._seconds,
-        }
+            _compare(self._loaded, self._expected)
+        report = {"loaded": len(self._loaded) if whole else 0}
         report_file(self._directory, get_tensor_model_parallel_rank()).write_text(json.dumps(report))
 
     def shutdown(self) -> None:

@@ -14,7 +14,7 @@ from actors.vllm_plugin.model import own_heads
 from actors.vllm_plugin.weight_receiver import UpdateInfo
 from tests.families import random_policy
 from vlcot.groups import VersionSpan
-from vlcot.weights import TensorSpec, pack, plan_buckets
+from vlcot.weights import TensorSpec, checksums, pack, plan_buckets
 
 pytestmark = pytest.mark.unit
 
@@ -52,12 +52,19 @@ def test_pitfall_27_neighbouring_prompts_share_no_sample_seed():
 def test_a_push_travels_through_files_and_is_gone_afterwards():
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
     layout = plan_buckets([TensorSpec("a", (2, 3), "float32"), TensorSpec("b", (4,), "bfloat16")], 24)
-    push = IncomingPush(1, layout)
+    push, sums = IncomingPush(1, layout), checksums(tensors.items())
     push.write(1, pack(layout[1], tensors))
     with pytest.raises(PushLostError, match=r"\[0\]"):
-        push.update_info("load", {})
+        push.check(sums)
+    with pytest.raises(ValueError, match="holds 8 bytes of uint8, the layout says 24"):
+        push.write(0, pack(layout[1], tensors))
     push.write(0, pack(layout[0], tensors))
-    arrived = dict(UpdateInfo(**push.update_info("load", {"a": 1})).tensors())
+    assert push.check(sums) == sums == push.update_info()["checksums"]
+    with pytest.raises(ValueError, match="tensor b: the checksum of what arrived is not the sender's"):
+        push.check(sums | {"b": 1})
+    with pytest.raises(ValueError, match="tensor c: "):
+        push.check(sums | {"c": 1})
+    arrived = dict(UpdateInfo(**push.update_info()).tensors())
     assert all(torch.equal(arrived[name], tensor) for name, tensor in tensors.items())
     with pytest.raises(ValueError, match="bucket 2 of a push of 2"):
         push.write(2, np.zeros(1, np.uint8))

@@ -30,7 +30,8 @@ class Actor:
     def begin(self, version, layout):
         pass
 
-    def receive(self, version, index, bucket):
+    def fetch(self, version, index, stored):
+        assert len(stored()) == 1
         self.buckets += 1
 
     def finish(self, version, checksums):

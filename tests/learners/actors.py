@@ -47,7 +47,7 @@ class Counterpart:
 
     def send(self, index: int, data: np.ndarray) -> None:
         _, layout, tensors = self._incoming
-        tensors.update(unpack(layout[index], data))
+        tensors.update(unpack(layout[index], data.copy()))
 
     def finish(self, expected: Mapping[str, int]) -> PushReport:
         version, layout, tensors = self._incoming
