@@ -10,14 +10,21 @@ from typing import Any
 import ray.train
 import ray.train.torch
 
-from learners.loop import LoopConfig, train_loop
-from learners.protocols import BatchSource, ProgressSink
+from learners.protocols import BatchSource, LoopConfig, ProgressSink
 from learners.spec import LearnerSpec
 from vlcot.policy.family import read_config
 from vlcot.weights import WeightSink
 
 ray_train: Any = ray.train
 """Ray Train v2, the default since Ray 2.51; type checkers see the names of v1."""
+
+
+def train_loop(config: dict[str, Any]) -> int:
+    """:func:`learners.loop.train_loop`. Ray Train's controller unpickles this too, and the driver imports it: neither
+    needs the engines."""
+    from learners import loop
+
+    return loop.train_loop(config)
 
 
 @dataclass(frozen=True)

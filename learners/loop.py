@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,14 @@ import torch.distributed as dist
 from learners.checkpoints import export_policy, restore_checkpoint, save_checkpoint
 from learners.engine import ShardedPolicy, join_process_group
 from learners.grpo_step import grpo_step
-from learners.protocols import BatchSource, LearnerStart, ProgressSink
+from learners.protocols import LearnerStart, LoopConfig, ProgressSink
 from learners.publisher import Publisher
 from learners.spec import LearnerSpec
-from vlcot.weights import WeightSink
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """Arguments of :func:`train_loop`. ``export_path`` is where the trained policy goes."""
-
-    spec: LearnerSpec
-    source: BatchSource
-    sink: WeightSink
-    progress: ProgressSink
-    export_path: str
 
 
 def train_loop(config: dict[str, Any]) -> int:
-    """Train until ``steps`` are done or the source ends; ``config["loop"]`` is a :class:`LoopConfig`.
+    """Train until ``steps`` are done or the source ends; ``config["loop"]`` is a
+    :class:`~learners.protocols.LoopConfig`.
 
     Per step: batch, GRPO step, weight push, report, and a checkpoint when one is due or a node is about to be
     taken away. At the end the policy is exported.

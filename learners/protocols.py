@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from learners.spec import LearnerSpec
 from vlcot.groups import ScoredGroup
+from vlcot.weights import WeightSink
 
 
 class BatchSource(Protocol):
@@ -50,3 +52,14 @@ class ProgressSink(Protocol):
 
     def checkpointed(self, step: int) -> None:
         """A checkpoint that contains ``step`` is committed."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Arguments of :func:`learners.loop.train_loop`. ``export_path`` is where the trained policy goes."""
+
+    spec: LearnerSpec
+    source: BatchSource
+    sink: WeightSink
+    progress: ProgressSink
+    export_path: str

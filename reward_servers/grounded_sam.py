@@ -140,7 +140,7 @@ class Detector:
 
     def prompts(self, names: tuple[str, ...]) -> list[_Prompt]:
         """Tokenised prompts that hold all names. Raises ValueError for one that the tokenizer does not know."""
-        return _prompts(self.config.detector, self._processor, self._model.config.max_text_len, names)
+        return _prompts(self.config.detector, self._processor.tokenizer, self._model.config.max_text_len, names)
 
     def _run(self, pixels: Any, prompt: _Prompt) -> list[list[tuple[str, float, torch.Tensor]]]:
         """Per image: name, score and box (cx, cy, w, h as shares of the image) of every query that names something."""
@@ -171,8 +171,7 @@ class Detector:
         return Boxes(tuple(names[i] for i in kept), scores[kept], boxes[kept])
 
 
-def _prompts(checkpoint: str, processor: Any, longest: int, names: tuple[str, ...]) -> list[_Prompt]:
-    tokenizer = processor.tokenizer
+def _prompts(checkpoint: str, tokenizer: Any, longest: int, names: tuple[str, ...]) -> list[_Prompt]:
     ids = {name: tokenizer(name, add_special_tokens=False).input_ids for name in names}
     unknown = [name for name in names if tokenizer.unk_token_id in ids[name]]
     if unknown:
@@ -193,13 +192,13 @@ def check_vocabulary(config: GroundedSamConfig) -> None:
     Raises:
         ValueError: names that are bad by themselves, or unknown to the detector's tokenizer, or too long for it.
     """
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import AutoConfig, AutoTokenizer  # a processor would import torchvision
 
     names = load_vocabulary(config.vocabulary)
     if Path(config.detector).is_dir():
-        processor = _load(AutoProcessor, config.detector, "detector")
+        tokenizer = _load(AutoTokenizer, config.detector, "detector")
         longest = _load(AutoConfig, config.detector, "detector").max_text_len
-        _prompts(config.detector, processor, longest, names)
+        _prompts(config.detector, tokenizer, longest, names)
 
 
 class Segmenter:

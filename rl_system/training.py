@@ -45,8 +45,6 @@ from vlcot.policy.family import Family
 from vlcot.tokenizer.image import ImageTokenizer
 from vlcot.weights import checksums
 
-NAMESPACE = "rl-system"
-
 
 @dataclass
 class Facts:

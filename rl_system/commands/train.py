@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rl_system.data.rows import RowSource
     from rl_system.runs.directory import RunDirectory
 
+NAMESPACE = "rl-system"
+
 
 def run(overrides: list[str]) -> int:
     """Train; returns the exit code: 0 done, 1 error, 2 bad configuration or input, 75 stopped, 130 interrupted."""
@@ -103,11 +105,12 @@ def _execute(config: TrainConfig, run: RunDirectory, resumed: bool, source: RowS
     import ray
 
     from rl_system.runs.progress import Progress
-    from rl_system.training import TrainingRun
 
     with Progress() as progress:
         progress.stage("starting Ray")
         context = _connect(config)
+        from rl_system.training import TrainingRun  # while Ray's own processes come up
+
         logs = run.logs / "ray"
         logs.unlink(missing_ok=True)
         logs.symlink_to(Path(context.address_info["session_dir"]) / "logs")
@@ -124,8 +127,6 @@ def _connect(config: TrainConfig) -> Any:
         ConnectionError: there is no cluster to join.
     """
     import ray
-
-    from rl_system.training import NAMESPACE
 
     local = config.cluster.address == "local"
     os.environ.setdefault("RAY_AUTH_MODE", "disabled" if local else "token")
