@@ -67,7 +67,13 @@ def _make(config: PrepareConfig, job: Job) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     started = not ray.is_initialized()
     if started:
-        ray.init("local", num_cpus=pipeline.worker_count(config), include_dashboard=False, log_to_driver=False)
+        ray.init(
+            "local",
+            num_cpus=pipeline.worker_count(config),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
     try:
         _show(config, job)
     finally:

@@ -19,7 +19,6 @@ from PIL import Image
 
 from rl_system.preparation.plan import Skipped
 from rl_system.preparation.settings import PrepareConfig, identity
-from rl_system.preparation.texts import ROUNDS
 from rl_system.runs.files import write_atomic, write_json
 from rl_system.runs.pictures import PictureInliner
 from vlcot.degradation.text import components
@@ -127,7 +126,7 @@ def _words(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _lengths(columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    found = {
+    found: dict[str, Sequence[Any]] = {
         f"words of the {name} text": [len(t.split()) for t in columns[name]] for name in ("coarse", "middle", "fine")
     }
     found |= {name.replace("_", " "): columns[name] for name in ("prompt_tokens", "answer_tokens")}

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rl_system.config.compose import CONFIG_DIR, ConfigError
 from rl_system.data.prepared import sha256_of
-from vlcot.degradation import SEESR_LIGHT, SEESR_TRAINING, DegradationConfig, StageConfig
+from vlcot.degradation import SEESR_LIGHT, SEESR_TRAINING, DegradationConfig
 from vlcot.policy.family import Family
 from vlcot.sequence import IMAGE_PLACEHOLDER
 
@@ -179,7 +179,7 @@ def _custom(name: str) -> DegradationConfig:
         raise ConfigError(f"degradation={name}: {' '.join(str(error).split())}") from None
 
 
-def _changed(base: DegradationConfig | StageConfig, given: Any, where: str) -> Any:
+def _changed(base: Any, given: Any, where: str) -> Any:
     known = [field.name for field in fields(base)]
     if not isinstance(given, Mapping) or not given.keys() <= set(known):
         unknown = [f"{where}{key}" for key in given if key not in known] if isinstance(given, Mapping) else [where]
