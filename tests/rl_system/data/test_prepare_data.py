@@ -31,10 +31,10 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def overrides(photographs: Path, output: Path, **changes: object) -> list[str]:
+def overrides(photographs: Path, folder: Path, **changes: object) -> list[str]:
     values = {
         "input": photographs / "photographs",
-        "output": output,
+        "output": folder,
         "captions": photographs / "captions.jsonl",
         "objects": photographs / "captions.jsonl",
         "min_pixels": 0,
@@ -120,9 +120,8 @@ def test_added_photographs_make_new_shards_only(photographs: Path, tmp_path: Pat
         save(source / name, seed=len(name))
     captions = tmp_path / "captions.jsonl"
     names = ["a/new.png", "b/0.png", "b/1.png"]
-    captions.write_text(
-        "".join(json.dumps({"image": n, "coarse": "a", "middle": "b", "fine": "c"}) + "\n" for n in names)
-    )
+    lines = [{"image": name, "coarse": "a", "middle": "b", "fine": "c"} for name in names]
+    captions.write_text("\n".join(map(json.dumps, lines)))
     arguments = overrides(photographs, output, input=source, captions=captions, objects="null")
     assert len(prepare(arguments)) == 1
     before = contents(output / "shards")
@@ -181,12 +180,12 @@ def test_bad_input_ends_with_one_message(
 ) -> None:
     if "input" in changes:
         changes = changes | {"output": prepared.parent / "never"}
-    assert main(["prepare-data", *overrides(photographs, prepared, **changes)[:20]]) == 2
+    assert main(["prepare-data", *overrides(photographs, prepared, **changes)]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error and "Traceback" not in error
 
 
-def test_a_photograph_without_captions_is_named(
+def test_a_photograph_without_a_caption_is_named(
     photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     lines = (photographs / "captions.jsonl").read_text().splitlines()
