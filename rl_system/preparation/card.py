@@ -66,9 +66,13 @@ def write_card(config: PrepareConfig, files: Sequence[Path], skipped: Sequence[S
 
 
 def histogram(values: Sequence[Any]) -> dict[str, Any]:
-    """Counts: of every value of words and switches, of ``BINS`` equal bins of numbers (their ``edges`` beside)."""
+    """Counts: of every value of words and switches, of at most ``BINS`` equal bins (``edges``) of numbers."""
     if values and isinstance(values[0], float | int) and not isinstance(values[0], bool):
-        numbers, edges = np.histogram(np.array(values, dtype=np.float64), bins=BINS)
+        bins: Any = BINS
+        if all(isinstance(value, int) for value in values):  # equal bins hold equally many whole numbers
+            width = -(-(max(values) - min(values) + 1) // BINS)
+            bins = np.arange(min(values), max(values) + width + 1, width) - 0.5
+        numbers, edges = np.histogram(np.array(values, dtype=np.float64), bins=bins)
         return {"edges": [float(edge) for edge in edges], "counts": numbers.tolist()}
     found = Counter(str(value) for value in values)
     return {"values": sorted(found), "counts": [found[value] for value in sorted(found)]}

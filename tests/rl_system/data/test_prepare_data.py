@@ -14,6 +14,7 @@ from rl_system.commands.main import main
 from rl_system.data.prepared import PreparedData
 from rl_system.data.rows import PreparedRows
 from rl_system.preparation import pipeline, settings
+from rl_system.preparation.card import histogram
 from rl_system.preparation.shards import ShardWriter
 from toy.export_photographs import export
 from vlcot.degradation import DegradationRecord, apply_record, describe
@@ -241,3 +242,16 @@ def test_training_takes_a_prepared_folder_as_its_rows(prepared: Path) -> None:
     assert row.hq.shape == (64, 64, 3) and row.lr.shape == (16, 16, 3) and row.objects is not None
     with pytest.raises(ValueError, match="64 pixels a side, the policy's have 512"):
         PreparedRows(str(prepared), 512, with_objects=False)
+
+
+def test_histograms_of_the_card_count_every_value_once(prepared: Path) -> None:
+    assert histogram(list(range(30, 96)) * 2)["counts"] == [12] * 11
+    assert histogram([1, 3, 3]) == {"edges": [0.5, 1.5, 2.5, 3.5], "counts": [1, 0, 2]}
+    assert sum(histogram([0.5, 0.1, 0.7])["counts"]) == 3
+    assert histogram(["b", "a", "b"]) == {"values": ["a", "b"], "counts": [1, 2]}
+    card = json.loads((prepared / "card.json").read_text())
+    drawn = card["histograms"]["Degradation parameters"]
+    for name in ("stage 1 JPEG quality", "stage 2 noise kind", "final sinc kind", "JPEG last"):
+        assert sum(drawn[name]["counts"]) == card["counts"]["rows"] == 16
+    html = (prepared / "card.html").read_text()
+    assert html.count('<img src="data:image/') == 8 * 5
