@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from reward_servers.client import RewardClient
+from reward_servers.contract import Captions, DetectedObject, Detection
 from rl_system.commands.main import main
 from rl_system.data.prepared import PreparedData
 from rl_system.data.rows import PreparedRows
-from rl_system.preparation import pipeline, settings
+from rl_system.preparation import pipeline, settings, texts
 from rl_system.preparation.card import histogram
 from rl_system.preparation.shards import ShardWriter
 from toy.export_photographs import export
@@ -255,3 +257,46 @@ def test_histograms_of_the_card_count_every_value_once(prepared: Path) -> None:
         assert sum(drawn[name]["counts"]) == card["counts"]["rows"] == 16
     html = (prepared / "card.html").read_text()
     assert html.count('<img src="data:image/') == 8 * 5
+
+
+class Servers:
+    """Stands for the transport (tests/reward_servers/test_http_transport.py has the real one)."""
+
+    def __init__(self, broken: bool) -> None:
+        self.broken = broken
+
+    async def call(self, server: str, method: str, arguments: dict) -> object:
+        if self.broken:
+            raise ValueError("this picture is refused")
+        side, level = arguments["image"].shape[0], int(arguments["image"].mean())
+        if method == "caption":
+            return Captions(f"side {side}", f"level {level}", f"asked {server}")
+        return Detection((DetectedObject("cat", 0.9, (0, 0, 8, 8), 0.5),), ("cat",))
+
+    async def close(self) -> None:
+        pass
+
+
+def test_servers_see_the_target_and_a_failure_leaves_no_shard(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"captions": "qwen_vl", "objects": "grounded_sam", "url": "http://servers:8000"}
+    servers = Servers(broken=True)
+    monkeypatch.setattr(texts, "client", lambda config: RewardClient(servers, config.server_timeout_s))
+    arguments = overrides(photographs, tmp_path / "data", **changes)
+    with pytest.raises(texts.ServerFailed, match="this picture is refused"):
+        prepare(arguments)
+    assert not list((tmp_path / "data" / "shards").iterdir())
+    servers.broken = False
+    prepare(arguments)
+    row = PreparedData(tmp_path / "data").row(3)
+    level = int(np.asarray(Image.open(io.BytesIO(row["target"]))).mean())
+    assert (row["coarse"], row["middle"], row["fine"]) == ("side 64", f"level {level}", "asked qwen_vl")
+    assert row["objects"] == ["cat"]
+
+
+def test_servers_need_a_token(photographs: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.delenv("RL_REWARD_TOKEN", raising=False)
+    changes = {"captions": "qwen_vl", "url": "http://servers:8000"}
+    assert main(["prepare-data", *overrides(photographs, tmp_path / "data", **changes)]) == 2
+    assert "RL_REWARD_TOKEN" in capsys.readouterr().err and not (tmp_path / "data").exists()
