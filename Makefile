@@ -4,6 +4,7 @@
 #   TORCH_INDEX=URL        extra package index for the CPU build of torch, where the default index offers
 #                          only CUDA builds: TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   SEED=n                 seed of `make run`; of the moments at which `make chaos` kills
+#   DATA=dir               `make data-demo`: photographs of your own (with placeholder captions) beside the toy's
 #   PYTHON=python3.11      interpreter that the virtual environment is made from
 
 ACCELERATOR ?= cpu
@@ -20,7 +21,7 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: run test test-unit check format setup bench bench-rewards bench-trl chaos toy-weights clean
+.PHONY: run test test-unit check format setup bench bench-rewards bench-trl chaos data-demo toy-weights clean
 
 setup: $(INSTALLED)
 
@@ -55,6 +56,7 @@ bench: bench-rewards bench-trl
 	$(BIN)/python -m benchmarks.shared_prompt
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.async_speedup
+	$(BIN)/python -m benchmarks.degradation
 
 bench-rewards: setup
 	$(BIN)/python -m benchmarks.rewards
@@ -67,6 +69,18 @@ bench-trl: setup
 
 chaos: setup
 	$(BIN)/python -m benchmarks.chaos --seed $(SEED)
+
+# Both folders may be there already: then only what is missing is made.
+data-demo: setup
+	$(BIN)/python -m toy.export_photographs runs/data-demo/toy
+	$(BIN)/rl-system prepare-data input=runs/data-demo/toy/photographs output=runs/data-demo/toy-prepared \
+		captions=runs/data-demo/toy/captions.jsonl objects=runs/data-demo/toy/captions.jsonl \
+		min_pixels=0 min_file_kib=0 sharpen_target=false images_per_shard=64
+ifdef DATA
+	$(BIN)/python -m toy.export_photographs runs/data-demo/own --captions-of $(DATA)
+	$(BIN)/rl-system prepare-data input=$(DATA) output=runs/data-demo/own-prepared \
+		captions=runs/data-demo/own/captions.jsonl crop=512 min_file_kib=0 images_per_shard=8
+endif
 
 toy-weights: setup
 	$(BIN)/python -m toy.train_vq

@@ -26,7 +26,7 @@ from rl_system.coordination.coordinator import Plan
 from rl_system.coordination.experts import CustomReward, Expert, MetricExpert, VisualExpert
 from rl_system.coordination.objects import DetectedObjects, GivenObjects, ObjectSource, TaggedObjects
 from rl_system.coordination.scoring import Scorer
-from rl_system.data.rows import ImageFolder, RowSource, ToyPhotographs
+from rl_system.data.rows import ImageFolder, PreparedRows, RowSource, ToyPhotographs
 from vlcot.grpo import AdvantageConfig, LossConfig
 from vlcot.policy.family import Family
 from vlcot.rewards import METRIC_EXPERTS, ExpertWeights, RewardWeights
@@ -254,6 +254,9 @@ def row_source(config: TrainConfig) -> RowSource:
     if config.data.source == "folder":
         size = Family.from_pretrained(config.policy.path).layout.full_size
         return ImageFolder(config.data.path, size, config.seed, config.data.tags)
+    if config.data.source == "prepared":
+        size = Family.from_pretrained(config.policy.path).layout.full_size
+        return PreparedRows(config.data.path, size, with_objects=config.reward.objects == "file")
     return ToyPhotographs(config.seed)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from toy.rows import INSTRUCTION, LAYOUT, ToyRow, row
+from vlcot.examples import chain_examples
 from vlcot.grammar import Support
 from vlcot.images import upscale_for_policy
 from vlcot.policy.family import Family
@@ -37,15 +38,14 @@ class Example:
 
 def encode(rows: Sequence[ToyRow], builder: SequenceBuilder, images: ImageTokenizer) -> list[Example]:
     """Rows to examples; every image is tokenised at its own size."""
-    lr = images.encode(np.stack([upscale_for_policy(r.lr, LAYOUT.full_size) for r in rows])).numpy()
-    targets = [images.encode(np.stack(t)).numpy() for t in zip(*(r.targets() for r in rows), strict=True)]
+    encoded = chain_examples(
+        INSTRUCTION, [r.lr for r in rows], [r.hq for r in rows], [r.texts for r in rows], builder, images
+    )
     examples = []
-    for i, r in enumerate(rows):
-        prompt = builder.prompt(INSTRUCTION, lr[i])
-        chain = builder.chain(r.texts, [codes[i] for codes in targets])
-        no_loss = np.full(len(prompt), Support.FORCED, dtype=np.uint8)
-        supports = np.concatenate([no_loss, builder.grammar.supports(chain.tolist())])
-        examples.append(Example(np.concatenate([prompt, chain]), supports))
+    for whole in encoded:
+        no_loss = np.full(len(whole.prompt), Support.FORCED, dtype=np.uint8)
+        supports = np.concatenate([no_loss, builder.grammar.supports(whole.answer.tolist())])
+        examples.append(Example(np.concatenate([whole.prompt, whole.answer]), supports))
     return examples
 
 

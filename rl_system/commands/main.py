@@ -11,6 +11,7 @@ from rl_system.commands import exit_codes
 COMMANDS = {
     "train": "train VLCoT-GRPO: rl-system train experiment=toy [KEY=VALUE ...]",
     "evaluate": "the paper's metrics and table: rl-system evaluate --data RealSR=DIR --method NAME=DIR --output DIR",
+    "prepare-data": "photographs into training data: rl-system prepare-data input=DIR output=DIR captions=FILE",
     "import-weights": "published weights into our format: rl-system import-weights KIND SOURCE OUTPUT",
     "k8s": "render or check the manifests: rl-system k8s check [OVERLAY] [--crds DIR]",
     "serve-rewards": "reward servers of their own: rl-system serve-rewards start experiment=toy | status | scale | set",

@@ -87,7 +87,7 @@ def _check_choices(config: TrainConfig) -> None:
             config.reward.failure_policy,
             ("min_viable_group", "retry_then_drop", "fail_fast"),
         ),
-        "data.source": (config.data.source, ("toy_photographs", "folder")),
+        "data.source": (config.data.source, ("toy_photographs", "folder", "prepared")),
         "cluster.address": (config.cluster.address, ("local", "auto")),
         "resume": (config.resume, ("never", "auto")),
     }

@@ -26,7 +26,7 @@ class DataConfig:
 
     source: str = MISSING
     """``toy_photographs``: crops of the photographs inside scikit-image and scikit-learn;
-    ``folder``: crops of the images under ``path``."""
+    ``folder``: crops of the images under ``path``; ``prepared``: what ``rl-system prepare-data`` wrote to ``path``."""
     path: str = ""
     tags: str | None = None
     """folder: directory with ``NAME.txt`` for each image ``NAME.png`` under ``path``, the names of its main objects

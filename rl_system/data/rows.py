@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -10,6 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from rl_system.data.prepared import PreparedData
 from vlcot.degradation.config import SEESR_TRAINING
 from vlcot.degradation.pipeline import degrade
 from vlcot.degradation.text import describe
@@ -113,8 +115,7 @@ class ImageFolder:
         return Row(name, hq, lr, describe(record, SEESR_TRAINING), self._objects.get(path))
 
     def _held_out(self, path: Path) -> bool:
-        digest = hashlib.blake2b(path.relative_to(self._root).as_posix().encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") % HELDOUT_SHARE == 0
+        return held_out(path.relative_to(self._root).as_posix())
 
     def _tags(self, folder: Path, image: Path) -> tuple[str, ...]:
         path = (folder / image.relative_to(self._root)).with_suffix(".txt")
@@ -133,3 +134,52 @@ class ImageFolder:
             raise ValueError(f"cannot read the image {path}: {error}") from error
         if min(width, height) < self._size:
             raise ValueError(f"{path} is {width}x{height}; both sides must be at least {self._size} pixels")
+
+
+class PreparedRows:
+    """The rows of a prepared folder; the images held out are those that :class:`ImageFolder` holds out.
+
+    Args:
+        path: folder that ``rl-system prepare-data`` wrote.
+        size: full size of the policy in pixels.
+        with_objects: whether every row must name its main objects.
+
+    Raises:
+        ValueError: no prepared folder, another size, objects are missing, or a split is empty.
+    """
+
+    def __init__(self, path: str, size: int, with_objects: bool) -> None:
+        try:
+            self._data = PreparedData(path)
+        except ValueError as error:
+            raise ValueError(f"data.path={path}: {error}") from None
+        if with_objects and None in self._data.column("objects"):
+            raise ValueError(f"data.path={path} was prepared without objects; reward.objects=file needs them")
+        self._splits: dict[str, list[int]] = {"train": [], "heldout": []}
+        for index, image in enumerate(self._data.column("image")):
+            self._splits["heldout" if held_out(image) else "train"].append(index)
+        for split, indices in self._splits.items():
+            if not indices:
+                raise ValueError(f"data.path={path}: {len(self._data)} rows leave none for the {split} split")
+        found = self.row(0, "train").hq.shape[0]
+        if found != size:
+            raise ValueError(f"data.path={path} holds images of {found} pixels a side, the policy's have {size}")
+
+    def row(self, index: int, split: Split) -> Row:
+        """See :class:`RowSource`; beyond the last row of the split the first comes again."""
+        indices = self._splits[split]
+        row = self._data.row(indices[index % len(indices)])
+        objects = None if row["objects"] is None else tuple(row["objects"])
+        name = f"{row['image']}#{row['draw']}.{index}"
+        return Row(name, _pixels(row["target"]), _pixels(row["lr"]), row["degradation"], objects)
+
+
+def held_out(path: str) -> bool:
+    """Whether an image belongs to the held-out split, by its path below the folder of all images."""
+    digest = hashlib.blake2b(path.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % HELDOUT_SHARE == 0
+
+
+def _pixels(png: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(png)) as image:
+        return np.asarray(image.convert("RGB"))

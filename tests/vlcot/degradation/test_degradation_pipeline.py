@@ -38,7 +38,7 @@ def photo() -> np.ndarray:
 @pytest.fixture(scope="module")
 def records() -> list[DegradationRecord]:
     rng = np.random.default_rng(20)
-    return [sample_record(SEESR_TRAINING, rng, 512, 512) for _ in range(3000)]
+    return [sample_record(SEESR_TRAINING, rng, 512, 512) for _ in range(5000)]
 
 
 def test_json_round_trip_of_the_record_makes_the_same_image(photo: np.ndarray) -> None:

@@ -166,7 +166,7 @@ def _drawn(config: DegradationConfig, count: int) -> list[tuple[str, ...]]:
 
 @pytest.fixture(scope="module")
 def said() -> list[tuple[str, ...]]:
-    return _drawn(SEESR_TRAINING, 3000)
+    return _drawn(SEESR_TRAINING, 5000)
 
 
 def _assert_covers(vocabularies: list[tuple[str, ...]], said: list[tuple[str, ...]]) -> None:
@@ -198,7 +198,7 @@ def test_levels_of_a_uniform_parameter_are_equally_frequent(said: list[tuple[str
         counts = [
             sum(parts[position] == f"{level} {thing}" for parts in said) for level in ("light", "medium", "heavy")
         ]
-        assert min(counts) > 300
+        assert min(counts) > 500
         assert chisquare(counts).pvalue > 1e-3
 
 
