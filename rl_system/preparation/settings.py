@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rl_system.config.compose import CONFIG_DIR, ConfigError
 from rl_system.data.prepared import sha256_of
 from vlcot.degradation import SEESR_LIGHT, SEESR_TRAINING, DegradationConfig
-from vlcot.policy.family import Family
+from vlcot.policy.family import Family, read_config
 from vlcot.sequence import IMAGE_PLACEHOLDER
 
 PRESETS = {"seesr_training": SEESR_TRAINING, "seesr_light": SEESR_LIGHT}
@@ -119,11 +119,25 @@ def _check(config: PrepareConfig) -> None:
         raise ConfigError(f"instruction must contain {IMAGE_PLACEHOLDER} exactly once: {config.instruction!r}")
     _check_texts(config)
     degradation(config)
-    full = family(config).layout.full_size
+    policy = family(config)
+    full = policy.layout.full_size
     if config.crop is not None and (config.crop < full or config.crop % full):
         raise ConfigError(f"crop={config.crop} must be a multiple of the policy's full size {full}")
-    if not (Path(config.image_tokenizer) / "config.json").is_file():
-        raise ConfigError(f"image_tokenizer={config.image_tokenizer}: no checkpoint there (config.json is missing)")
+    _check_image_tokenizer(config.image_tokenizer, policy)
+
+
+def _check_image_tokenizer(path: str, policy: Family) -> None:
+    try:
+        given = read_config(path)
+        found = 2 ** (len(given["channel_multiplier"]) - 1), int(given["num_embeddings"])
+    except (ValueError, FileNotFoundError, KeyError, TypeError) as error:
+        raise ConfigError(f"image_tokenizer={path}: no VQ checkpoint there: {error}") from None
+    needed = policy.layout.downsample, len(policy.vocabulary.image_ids)
+    if found != needed:
+        raise ConfigError(
+            f"image_tokenizer={path} has {found[0]} pixels a code and {found[1]} codes, the policy's sequences have "
+            f"{needed[0]} and {needed[1]}"
+        )
 
 
 def _check_texts(config: PrepareConfig) -> None:

@@ -173,6 +173,7 @@ def test_files_that_cannot_be_used_are_listed_and_not_fatal(photographs: Path, t
         ({"degradation": "mild"}, "degradation=mild is none of"),
         ({"crop": 100}, "multiple of the policy's full size 64"),
         ({"policy": "configs"}, "policy="),
+        ({"image_tokenizer": "toy/weights/policy"}, "no VQ checkpoint there"),
         ({"images_per_shard": 0}, "at least 1"),
         ({"seed": 3}, "prepared with other settings: seed=3 (was 0)"),
         ({"output": "docs"}, "is no prepared folder"),
@@ -300,3 +301,10 @@ def test_servers_need_a_token(photographs: Path, tmp_path: Path, monkeypatch, ca
     changes = {"captions": "qwen_vl", "url": "http://servers:8000"}
     assert main(["prepare-data", *overrides(photographs, tmp_path / "data", **changes)]) == 2
     assert "RL_REWARD_TOKEN" in capsys.readouterr().err and not (tmp_path / "data").exists()
+
+
+def test_an_image_tokenizer_of_another_family_is_refused(photographs: Path, tmp_path: Path) -> None:
+    given = json.loads(Path("toy/weights/vq/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(given | {"num_embeddings": 7}))
+    with pytest.raises(settings.ConfigError, match="and 7 codes, the policy's sequences have 8 and"):
+        settings.load(overrides(photographs, tmp_path / "data", image_tokenizer=tmp_path))
