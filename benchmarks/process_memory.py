@@ -35,29 +35,37 @@ class Peak:
     """Peaks of one process in bytes: ``resident`` as the kernel kept it (VmHWM), ``private`` (RssAnon) as sampled."""
 
     kind: str
-    title: str = ""
     resident: int = 0
     private: int = 0
+
+    def raise_to(self, resident: int, private: int) -> None:
+        """Keep what is larger."""
+        self.resident, self.private = max(self.resident, resident), max(self.private, private)
 
 
 def watch(process: subprocess.Popen[bytes]) -> list[Peak]:
     """Peaks of ``process`` and of everything that it starts, when all have ended.
 
-    The kernel's own peak is read, so nothing is missed between two looks but the last half second of a process.
+    The kernel's own peak is read, so nothing is missed between two looks but the last half second of a process. Ray's
+    processes, of which many live shortly, are one :class:`Peak`: the largest sum of those that lived together.
     """
     family = Descendants(process.pid)
     peaks: dict[int, Peak] = {process.pid: Peak("driver")}
+    together = Peak(OTHERS)
     while process.poll() is None:
-        rows = family.rows()
-        for row in rows:
+        others = Peak(OTHERS)
+        for row in family.rows():
             peak = peaks.setdefault(row.pid, Peak(OTHERS))
             if peak.kind == OTHERS:
-                peak.kind, peak.title = _kind(row, peaks), row.title
-            if (seen := _status(row.pid)) is not None:
-                resident, private = seen
-                peak.resident, peak.private = max(peak.resident, resident), max(peak.private, private)
+                peak.kind = _kind(row, peaks)
+            if (seen := _status(row.pid)) is None:
+                continue
+            if peak.kind == OTHERS:
+                others.resident, others.private = others.resident + seen["VmRSS"], others.private + seen["RssAnon"]
+            peak.raise_to(seen["VmHWM"], seen["RssAnon"])
+        together.raise_to(others.resident, others.private)
         time.sleep(WATCH_S)
-    return list(peaks.values())
+    return [*(peak for peak in peaks.values() if peak.kind != OTHERS), together]
 
 
 def _kind(row: Row, peaks: dict[int, Peak]) -> str:
@@ -70,12 +78,12 @@ def _kind(row: Row, peaks: dict[int, Peak]) -> str:
     return OTHERS
 
 
-def _status(pid: int) -> tuple[int, int] | None:
-    """VmHWM and RssAnon; None for a process that has ended."""
+def _status(pid: int) -> dict[str, int] | None:
+    """Bytes by the kernel's names (VmHWM, VmRSS, RssAnon); None for a process that has ended."""
     with suppress(OSError, psutil.NoSuchProcess):
         lines = dict(_lines(Path(f"/proc/{pid}/status").read_text()))
         if "VmHWM" in lines:
-            return lines["VmHWM"], lines["RssAnon"]
+            return lines
     return None
 
 

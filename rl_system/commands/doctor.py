@@ -55,8 +55,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _show(report: Report, console: Console) -> None:
     table = Table(*report.head, title=report.title)
-    for column in table.columns[1:-1]:
-        column.justify = "right"
+    for column in table.columns:
+        column.justify, column.no_wrap = "right", True
+    table.columns[0].justify = "left"
     for row in report.rows:
         table.add_row(*row)
     console.print(table)

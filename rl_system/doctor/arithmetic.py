@@ -29,8 +29,8 @@ CUDA_ENGINE = 1_500_000_000
 """ASSUMED: CUDA context and vLLM's CUDA graphs; part of its ``gpu_memory_utilization``."""
 VISION_WORK = 2_000_000_000
 """ASSUMED: a forward of Qwen2.5-VL's vision tower over the images of a chat."""
-DETECTOR_WORK = 2_000_000_000
-"""ASSUMED: a forward of GroundingDino at 800 x 1333 pixels, for each image of a batch."""
+DETECTOR_PIXEL = 1_000
+"""ASSUMED: bytes that a forward of GroundingDino takes for each pixel of each image of a batch."""
 ATTENTION_MAPS = 3
 """Copies of an attention map that SAM's encoder holds: scores, with relative positions, softmax."""
 DECODER_MAPS = 4
@@ -114,17 +114,16 @@ def head(shape: PolicyShape, micro: Micro, itemsize: int) -> Parts:
 
 
 def states(parameters: int, ranks: int, itemsize: int, *, reference: bool) -> Parts:
-    """Bytes of a rank's shards under ZeRO-3.
+    """Bytes of a rank's shards under ZeRO-3, as counted in DeepSpeed's buffers (``tests/rl_system/doctor/zero3_states.py``).
 
     bf16: weights 2, gradients 2 (``get_data_types``: the gradients' dtype is the model's), float32 copy 4, AdamW's
-    moments 8, reference 2: 18 for each value. float32: the optimizer works on the weights themselves
-    (``_create_fp32_partitions``), so 4 + 4 + 8 + 4 = 20.
+    moments 8, reference 2: 18 for each value. float32: 4, 4, 4 (a copy too), 8 and 4, 24 in all.
     """
     share = parameters / ranks
     return {
         "weights": itemsize * share,
         "gradients": itemsize * share,
-        "optimizer": (8 if itemsize == 4 else 12) * share,
+        "optimizer": 12 * share,
         "reference": itemsize * share if reference else 0.0,
     }
 
@@ -137,6 +136,14 @@ def gathering(shape: PolicyShape, itemsize: int, *, cuda: bool) -> Parts:
     """
     bucket = REDUCE_BUCKET if cuda else min(shape.parameters, REDUCE_BUCKET)
     return {"gathered": itemsize * min(shape.parameters, LIVE_PARAMETERS), "gradient bucket": itemsize * bucket}
+
+
+def reduction(shape: PolicyShape, ranks: int, itemsize: int) -> Parts:
+    """Bytes of a full gradient bucket on its way to the ranks: once more in their order, and this rank's share.
+
+    ``reduce_scatter_coalesced`` in ``deepspeed/runtime/comm/coalesced_collectives.py``.
+    """
+    return {"reduction": itemsize * min(shape.parameters, REDUCE_BUCKET) * (1 + 1 / ranks)}
 
 
 def update(shape: PolicyShape, ranks: int, *, cuda: bool) -> float:
@@ -165,7 +172,7 @@ def detection(shape: DetectorShape, batch: int) -> Parts:
     """Bytes of GroundingDino and SAM in float32, and of a forward of so many images."""
     return {
         "weights": 4 * shape.parameters,
-        "activations": batch * (ATTENTION_MAPS * 4 * shape.attention + DETECTOR_WORK),
+        "activations": batch * (ATTENTION_MAPS * 4 * shape.attention + DETECTOR_PIXEL * shape.pixels),
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from vlcot.policy.family import Family, read_config
 from vlcot.sequence import Layout
 from vlcot.weight_import.chameleon import MAX_POSITIONS, ChameleonConfig
-from vlcot.weight_import.source import Checkpoint
+from vlcot.weight_import.source import Checkpoint, read_json
 
 PURE_IDS = 73_728
 """Embedding rows of PURE: Chameleon's 65,536 and 8,192 more image ids (domain facts 2.1)."""
@@ -112,10 +112,12 @@ class DetectorShape:
     Attributes:
         parameters: of both.
         attention: values of one global attention map of SAM's image encoder, heads x tokens^2.
+        pixels: of an image as GroundingDino's processor makes it.
     """
 
     parameters: int
     attention: int
+    pixels: int
 
 
 def published_policy() -> PolicyShape:
@@ -131,7 +133,7 @@ PUBLISHED_TOKENIZER = TokenizerShape(70_110_000, 128)
 PUBLISHED_VLM = VlmShape(8_292_166_656, 2 * 28 * 4 * 128)
 """Qwen2.5-VL-7B-Instruct, of which 676,550,144 are the vision tower's; 28 layers, 4 key heads of 128."""
 
-PUBLISHED_DETECTOR = DetectorShape(172_250_626 + 641_090_864, 16 * 64**4)
+PUBLISHED_DETECTOR = DetectorShape(172_250_626 + 641_090_864, 16 * 64**4, 800 * 1333)
 """grounding-dino-tiny and sam-vit-huge, counted on the meta device with transformers; 64x64 tokens, 16 heads."""
 
 
@@ -163,7 +165,19 @@ def read_detector(detector: str | Path, segmenter: str | Path) -> DetectorShape:
     # transformers' SamVisionConfig has these defaults, and writes only what differs
     tokens = (int(vision.get("image_size", 1024)) // int(vision.get("patch_size", 16))) ** 2
     attention = int(vision.get("num_attention_heads", 12)) * tokens**2
-    return DetectorShape(values_in(detector) + values_in(segmenter), attention)
+    return DetectorShape(values_in(detector) + values_in(segmenter), attention, _detector_pixels(Path(detector)))
+
+
+def _detector_pixels(directory: Path) -> int:
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (directory / name).is_file():
+            settings = read_json(directory / name)
+            size = settings.get("image_processor", settings).get("size", {})
+            if {"height", "width"} <= size.keys():
+                return int(size["height"]) * int(size["width"])
+            if {"shortest_edge", "longest_edge"} <= size.keys():
+                return int(size["shortest_edge"]) * int(size["longest_edge"])
+    return PUBLISHED_DETECTOR.pixels
 
 
 def prompt_ids(shape: PolicyShape, instruction: str, directory: str | Path) -> int:

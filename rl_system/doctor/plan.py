@@ -38,9 +38,12 @@ class Process:
         kind: as in :mod:`rl_system.doctor.bases`.
         count: how many.
         device: bytes on the GPU of one; empty where it uses none.
-        phases: bytes that come on top, there or on a CPU in ``host``, in one phase of a step at a time.
+        phases: bytes that come on top, there or on a CPU in ``host``, in one phase of a step. A GPU's allocator gives the
+            memory of one phase to the next; on a CPU they add up, since glibc keeps what small tensors have freed
+            and takes large ones afresh.
         host: bytes of host memory of one, without its base.
         once: bytes of host memory that one of them holds besides.
+        mapped: bytes of Ray's object store that one of them has mapped: in its resident size, but there only once.
         gpus: of one.
         share: of those GPUs' memory that it may take.
         cache: bytes of keys and values that it must have room for; more is used where there is more.
@@ -53,16 +56,24 @@ class Process:
     phases: Mapping[str, Parts] = field(default_factory=dict)
     host: Parts = field(default_factory=dict)
     once: Parts = field(default_factory=dict)
+    mapped: Parts = field(default_factory=dict)
     gpus: float = 0.0
     share: float = 1.0
     cache: float = 0.0
     cache_fills: bool = False
 
     @property
+    def worst_phase(self) -> str | None:
+        """Name of the phase that takes most."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()), default=None)
+
+    @property
     def peak(self) -> dict[str, float]:
-        """Bytes by what stands there, in the largest phase; of the device, or of the host where there is none."""
-        worst = max(self.phases.values(), key=lambda parts: sum(parts.values()), default={})
-        parts = {**(self.device if self.gpus else self.host), **worst}
+        """Bytes by what stands there at the peak; of the device, or of the host where there is none."""
+        if not self.gpus:
+            return _merged(self.host, *self.phases.values())
+        worst = self.worst_phase
+        parts = _merged(self.device, self.phases[worst] if worst else {})
         return parts | {"key/value cache": self.cache} if self.cache else parts
 
     @property
@@ -70,10 +81,15 @@ class Process:
         """Bytes on one GPU at least."""
         return sum(self.peak.values()) if self.gpus else 0.0
 
-    def host_peak(self, base: float) -> float:
-        """Bytes of host memory of the largest of them."""
-        own = sum(self.host.values()) if self.gpus else sum(self.peak.values())
-        return base + max(own, sum(self.host.values()) + sum(self.once.values()))
+    @property
+    def host_part(self) -> float:
+        """Bytes of host memory of one beside its base, without what it has mapped and what one of them has besides."""
+        return sum((self.host if self.gpus else self.peak).values())
+
+    @property
+    def resident(self) -> float:
+        """Bytes that the model adds to the resident size of the largest of them."""
+        return self.host_part + sum(self.once.values()) + sum(self.mapped.values())
 
     def cache_at(self, memory: float) -> float:
         """Bytes of keys and values on GPUs of so much memory."""
@@ -111,18 +127,16 @@ class Plan:
         return sum(process.count * process.gpus for process in self.processes)
 
     def host(self, process: Process) -> float:
-        """Bytes of host memory of the largest process of a kind, as the kernel counts it (RSS)."""
-        return process.host_peak(self.bases[process.kind].resident)
+        """Bytes of host memory of the largest process of a kind, as the kernel counts it (resident)."""
+        return self.bases[process.kind].resident + process.resident
 
     @property
     def host_total(self) -> float:
         """Bytes of host memory of everything: private memory, and shared memory once."""
-        total = sum(self.shared.values())
-        for process in self.processes:
-            base = self.bases[process.kind].private
-            each = base + (sum(process.host.values()) if process.gpus else sum(process.peak.values()))
-            total += (process.count - 1) * each + max(each, process.host_peak(base))
-        return total
+        return sum(self.shared.values()) + sum(
+            process.count * (self.bases[process.kind].private + process.host_part) + sum(process.once.values())
+            for process in self.processes
+        )
 
 
 def find_models(config: TrainConfig) -> Models:
@@ -219,23 +233,26 @@ def _learner(config: TrainConfig, sizes: Models, bucket: int) -> Process:
         arithmetic.activations(policy, micro, itemsize, checkpointing=learner.activation_checkpointing, cuda=cuda),
         arithmetic.head(policy, micro, itemsize),
     )
+    backward |= arithmetic.reduction(policy, learner.ranks, itemsize)
     update = {"update": arithmetic.update(policy, learner.ranks, cuda=cuda)}
     phases = {"backward": backward, "update": update}
     whole = float(_policy_bytes(sizes, learner.dtype))
-    pushed = arithmetic.pushed(policy, itemsize, bucket)
-    once = {"export of the policy": whole, "bucket of a push": 2.0 * pushed}
+    once = {"bucket of a push": 2.0 * arithmetic.pushed(policy, itemsize, bucket)}
+    mapped = {"pushes": 2.0 * whole}
     if not cuda:
-        return Process("learner rank", learner.ranks, host=always, phases=phases, once=once)
+        return Process("learner rank", learner.ranks, host=always, phases=phases, once=once, mapped=mapped)
     host = {"reference": itemsize * policy.parameters / learner.ranks} if reference and learner.offload_reference else {}
     device = always | {"CUDA, NCCL, fragments": float(arithmetic.CUDA_LEARNER)}
-    return Process("learner rank", learner.ranks, device, phases, host, once, gpus=1.0)
+    once["export of the policy"] = whole
+    return Process("learner rank", learner.ranks, device, phases, host, once, mapped, gpus=1.0)
 
 
 def _rollout(config: TrainConfig, sizes: Models, bucket: int) -> list[Process]:
     rollout, policy = config.rollout, sizes.policy
     itemsize, actors, parallel = _itemsize(rollout.dtype), rollout.actors, rollout.tensor_parallel_size
     decoder = arithmetic.image_decoder(sizes.tokenizer, policy.layout.full_size, rollout.group_size)
-    actor = Process("rollout actor", actors, host=decoder)
+    mapped = {"pushes": 2.0 * _policy_bytes(sizes, config.learner.dtype)}
+    actor = Process("rollout actor", actors, host=decoder, mapped=mapped)
     batched = max(policy.max_position_embeddings, 2048)  # actors.rollout_actor: prompts are prefilled whole
     work = arithmetic.engine_work(policy, itemsize, batched, rollout.max_num_seqs) / parallel
     push = {"bucket of a push": 2.0 * arithmetic.pushed(policy, _itemsize(config.learner.dtype), bucket)}

@@ -14,12 +14,14 @@ from rl_system.doctor.plan import Plan, Process, find_models, groups_at_once, ma
 
 GIB = 2**30
 COLUMNS = ("weights", "optimizer", "gradients", "activations", "logits", "key/value cache")
+HEADS = (*COLUMNS[:-1], "keys, values")
 COLUMN_OF = {
     "reference": "weights",
     "image tokenizer": "weights",
     "decoding": "activations",
     "head gradient": "gradients",
     "gradient bucket": "gradients",
+    "reduction": "gradients",
 }
 """Part of a plan -> column, where it has not one of its own; all else is ``other``."""
 
@@ -86,7 +88,7 @@ def examine(config: TrainConfig, machine: Machine) -> Report:
         plan=plan,
         machine=machine,
         title=f"Memory of {config.name} at its peak, GiB of one process ({where})",
-        head=("process", "number", *COLUMNS, "other", "GPU", "host", "fits"),
+        head=("process", "", *HEADS, "other", "GPU", "host", "fits"),
         rows=tuple(_row(plan, process, machine) for process in plan.processes) + (_host_row(plan, machine),),
         notes=tuple(_notes(config, plan, machine)),
         checks=tuple(run_checks(config, sizes, plan, machine)),
@@ -115,13 +117,12 @@ def _row(plan: Plan, process: Process, machine: Machine) -> tuple[str, ...]:
 def _host_row(plan: Plan, machine: Machine) -> tuple[str, ...]:
     of = f" of {_gib(machine.memory)}" if machine.memory is not None else ""
     verdict = {True: "yes", False: "NO", None: ""}[None if machine.memory is None else plan.host_total <= machine.memory]
-    return ("all, on one host", "", *[""] * len(COLUMNS), "", "", _gib(plan.host_total) + of, verdict)
+    return ("all on one host", "", *[""] * len(COLUMNS), "", "", _gib(plan.host_total) + of, verdict)
 
 
 def _notes(config: TrainConfig, plan: Plan, machine: Machine) -> list[str]:
     learner = named(plan, "learner rank")
-    worst = max(learner.phases, key=lambda name: sum(learner.phases[name].values()))
-    notes = [f"learner rank: at its peak in {'the update' if worst == 'update' else 'backward'}"]
+    notes = [f"learner rank: at its peak in {learner.worst_phase}"] if learner.gpus else []
     engine = named(plan, "rollout worker")
     if engine.cache_fills and machine.gpu_memory and engine.fits(machine.gpu_memory):
         groups = groups_at_once(plan, machine.gpu_memory)
