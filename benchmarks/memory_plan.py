@@ -1,8 +1,8 @@
 """The memory plan of `rl-system doctor` against the processes of real runs: three short ones on this machine.
 
 ``bases``: the toy with next to no policy and cache; what the plan says of its models is subtracted, and the rest, the
-libraries, is written into ``rl_system/doctor/bases.yaml``. ``toy``: the toy as shipped, for a few steps. ``large``: the toy
-with a policy of 58 M random values, where a rank is mostly model. The last two are compared with the plan.
+libraries, is written into ``rl_system/doctor/bases.yaml``. ``toy``: the toy as shipped, for a few steps. ``large``: the
+toy with a policy of 58 M random values, where a rank is mostly model. The last two are compared with the plan.
 """
 
 from __future__ import annotations
@@ -134,7 +134,9 @@ def main() -> None:
 def write_bases(mib: dict[str, list[int]]) -> None:
     """Into the file that the plan reads."""
     lines = [f"  {kind}: {sizes}" for kind, sizes in mib.items()]
-    head = f"# MiB of a process without its model: resident, private. Written by benchmarks/memory_plan.py; {machine()}.\n"
+    head = (
+        f"# MiB of a process without its model: resident, private. Written by benchmarks/memory_plan.py; {machine()}.\n"
+    )
     FILE.write_text(head + "mib:\n" + "\n".join(lines) + "\n", encoding="utf-8")
     read_bases.cache_clear()
 

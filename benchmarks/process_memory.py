@@ -51,20 +51,21 @@ def watch(process: subprocess.Popen[bytes]) -> list[Peak]:
     """
     family = Descendants(process.pid)
     peaks: dict[int, Peak] = {process.pid: Peak("driver")}
-    together = Peak(OTHERS)
+    looks: list[dict[int, tuple[int, int]]] = []
     while process.poll() is None:
-        others = Peak(OTHERS)
+        looks.append({})
         for row in family.rows():
             peak = peaks.setdefault(row.pid, Peak(OTHERS))
-            if peak.kind == OTHERS:
+            if peak.kind == OTHERS:  # a worker has its title only when it has its work
                 peak.kind = _kind(row, peaks)
-            if (seen := _status(row.pid)) is None:
-                continue
-            if peak.kind == OTHERS:
-                others.resident, others.private = others.resident + seen["VmRSS"], others.private + seen["RssAnon"]
-            peak.raise_to(seen["VmHWM"], seen["RssAnon"])
-        together.raise_to(others.resident, others.private)
+            if (seen := _status(row.pid)) is not None:
+                looks[-1][row.pid] = seen["VmRSS"], seen["RssAnon"]
+                peak.raise_to(seen["VmHWM"], seen["RssAnon"])
         time.sleep(WATCH_S)
+    together = Peak(OTHERS)
+    for look in looks:
+        others = [seen for pid, seen in look.items() if peaks[pid].kind == OTHERS]
+        together.raise_to(sum(resident for resident, _ in others), sum(private for _, private in others))
     return [*(peak for peak in peaks.values() if peak.kind != OTHERS), together]
 
 

@@ -38,7 +38,7 @@ def run(args: list[str]) -> int:
     if options.json:
         print(json.dumps(report.as_json(), indent=2))
     else:
-        _show(report, Console(width=max(Console().width, 132)))
+        _show(report, Console(width=max(Console().width, 150)))
     return exit_codes.OK if report.good else exit_codes.ERROR
 
 
@@ -48,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="as of `rl-system train`: experiment=...")
     parser.add_argument("--gpus", metavar="NxGB", help="plan for another machine: 8x80 is 8 GPUs of 80 GB")
-    parser.add_argument("--memory", metavar="GIB", type=float, help="host memory to plan with, in place of what is free")
+    parser.add_argument(
+        "--memory", metavar="GIB", type=float, help="host memory to plan with, in place of what is free"
+    )
     parser.add_argument("--json", action="store_true", help="for machines, bytes")
     return parser
 

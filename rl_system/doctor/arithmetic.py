@@ -73,14 +73,14 @@ def saved_by_layer(shape: PolicyShape, micro: Micro, itemsize: int, *, cuda: boo
     Per token, in values of h hidden, q query, k key and f MLP channels: two RMS norms keep their input in float32 and the
     normalised input; q/k/v projections, o, and gate/up keep one input each (h, q, h); the norms of q and k keep their
     input and the normalised one (2q + 2k); attention keeps q, k, v and its output; SwiGLU keeps four of f. Keys and
-    values are kept once per head of the queries. On CUDA the chains' keys and values stand behind a copy of their
-    prompt's for each chain (``vlcot.policy.attention.joined_keys``).
+    values are kept once per head of the queries. On CUDA they are kept a second time, behind a copy of the prompt's for
+    each chain (``vlcot.policy.attention.joined_keys``).
     """
     hidden, query, keys, wide = shape.hidden_size, shape.hidden_size, shape.key_value_size, shape.intermediate_size
     tokens = micro.tokens
     attended = tokens
     if cuda:
-        attended = micro.prompts * micro.prompt_ids + micro.chains * (micro.prompt_ids + micro.chain_ids)
+        attended += micro.chains * (micro.prompt_ids + micro.chain_ids)
     norms = 2 * tokens * hidden * (4 + itemsize)
     inputs = 2 * tokens * hidden + tokens * query
     head_norms = 2 * tokens * (query + keys)
@@ -114,7 +114,7 @@ def head(shape: PolicyShape, micro: Micro, itemsize: int) -> Parts:
 
 
 def states(parameters: int, ranks: int, itemsize: int, *, reference: bool) -> Parts:
-    """Bytes of a rank's shards under ZeRO-3, as counted in DeepSpeed's buffers (``tests/rl_system/doctor/zero3_states.py``).
+    """Bytes of a rank's shards under ZeRO-3, as counted in its buffers (``tests/rl_system/doctor/zero3_states.py``).
 
     bf16: weights 2, gradients 2 (``get_data_types``: the gradients' dtype is the model's), float32 copy 4, AdamW's
     moments 8, reference 2: 18 for each value. float32: 4, 4, 4 (a copy too), 8 and 4, 24 in all.
@@ -149,8 +149,8 @@ def reduction(shape: PolicyShape, ranks: int, itemsize: int) -> Parts:
 def update(shape: PolicyShape, ranks: int, *, cuda: bool) -> float:
     """Bytes of the optimizer's step beside the states: a float32 gradient of one sub-group, and AdamW's temporaries.
 
-    ``_prepare_fp32_grad_for_sub_group`` flattens a sub-group's gradients into float32; AdamW then makes one more of its size
-    on CUDA (foreach: the root of the second moment), two on a CPU (its root, and that divided).
+    ``_prepare_fp32_grad_for_sub_group`` flattens a sub-group's gradients into float32; AdamW then makes one more of its
+    size on CUDA (foreach: the root of the second moment), two on a CPU (its root, and that divided).
     """
     group = min(shape.parameters / ranks, SUB_GROUP + shape.table / ranks)
     return (8 if cuda else 12) * group

@@ -28,7 +28,7 @@ MODEL_TYPES = {
     "policy.image_tokenizer": ("janus_vqgan",),
     "reward.qwen_vl.model": ("qwen2_5_vl",),
 }
-"""Setting -> ``model_type`` of its checkpoint. Detector and segmenter have several (``reward_servers.grounded_sam``)."""
+"""Setting -> ``model_type`` of its checkpoint. Detector and segmenter have several."""
 CONNECT_S = 2.0
 GIB = 2**30
 
@@ -45,7 +45,7 @@ class Check:
 
 def run_checks(config: TrainConfig, sizes: Models, plan: Plan, machine: Machine) -> list[Check]:
     """Everything but the memory plan."""
-    checks = [gpu_count(config, plan, machine)]
+    checks = [gpu_count(config, plan, machine), *shared_gpus(config)]
     weights = list(weight_checks(config, sizes, machine))
     if not machine.here:
         elsewhere = "planned for another machine: run it there without --gpus"
@@ -72,6 +72,15 @@ def gpu_count(config: TrainConfig, plan: Plan, machine: Machine) -> Check:
     found = f"{there}; needed {plan.gpus:g}"
     takers = "learner.ranks, rollout.actors, rollout.num_gpus, reward.*.num_gpus"
     return Check("GPUs", plan.gpus <= machine.gpus, found, f"change {takers}, or plan with --gpus COUNTxGB")
+
+
+def shared_gpus(config: TrainConfig) -> Iterator[Check]:
+    """Engines on a part of a GPU: Ray counts ``num_gpus``, vLLM takes its share of the whole GPU all the same."""
+    for key, server in (("rollout", config.rollout), ("reward.qwen_vl", config.reward.qwen_vl)):
+        if 0 < server.num_gpus < server.gpu_memory_utilization:
+            share = server.gpu_memory_utilization
+            found = f"{key}.num_gpus={server.num_gpus:g}, but vLLM takes gpu_memory_utilization={share:g} of the GPU"
+            yield Check(f"{key} on a part", False, found, f"{key}.gpu_memory_utilization={0.9 * server.num_gpus:g}")
 
 
 def versions(config: TrainConfig) -> Check:

@@ -42,21 +42,30 @@ def planned(gpus: str, memory_gib: float | None) -> Machine:
     found = _PLANNED.fullmatch(gpus)
     if found is None or int(found[1]) < 1 or float(found[2]) <= 0:
         raise ValueError(f"--gpus {gpus} is not COUNTxGB, such as 8x80")
+    return Machine(int(found[1]), float(found[2]) * 1e9, _given(memory_gib), None, here=False)
+
+
+def _given(memory_gib: float | None) -> float | None:
+    """Bytes. Raises ValueError for a number that is not positive."""
     if memory_gib is not None and not memory_gib > 0:
         raise ValueError(f"--memory {memory_gib:g} must be a positive number of GiB")
-    memory = None if memory_gib is None else memory_gib * 2**30
-    return Machine(int(found[1]), float(found[2]) * 1e9, memory, None, here=False)
+    return None if memory_gib is None else memory_gib * 2**30
 
 
 def this_machine(memory_gib: float | None = None) -> Machine:
-    """The machine that this runs on; ``memory_gib`` in place of the memory that is free now."""
+    """The machine that this runs on; ``memory_gib`` in place of the memory that is free now.
+
+    Raises:
+        ValueError: ``memory_gib`` is not positive.
+    """
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     # what other processes hold there is not to be had
     free = min((float(torch.cuda.mem_get_info(index)[0]) for index in range(count)), default=None)
-    memory = free_memory() if memory_gib is None else memory_gib * 2**30
-    return Machine(count, free, memory, float(shutil.disk_usage(SHARED_MEMORY).free), here=True)
+    return Machine(
+        count, free, _given(memory_gib) or free_memory(), float(shutil.disk_usage(SHARED_MEMORY).free), here=True
+    )
 
 
 def free_memory() -> float:

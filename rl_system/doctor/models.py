@@ -17,7 +17,7 @@ PURE_IDS = 73_728
 """Embedding rows of PURE: Chameleon's 65,536 and 8,192 more image ids (domain facts 2.1)."""
 
 CHARACTERS_PER_ID = 3
-"""Of an instruction whose tokenizer is not there: fewer than BPE needs, so that the estimate is no lower than the truth."""
+"""Of an instruction whose tokenizer is not there: fewer than BPE needs, so that no estimate is below the truth."""
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -17,10 +17,12 @@ from rl_system.doctor.bases import Base, read_bases
 
 RAY = "Ray"
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Models:
-    """Sizes that a plan is made from. ``assumed``: settings whose checkpoint is not there, so the published one counts."""
+    """Sizes that a plan is made from. ``assumed``: settings whose checkpoint cannot be read: the published one counts."""
 
     policy: models.PolicyShape
     tokenizer: models.TokenizerShape
@@ -38,9 +40,9 @@ class Process:
         kind: as in :mod:`rl_system.doctor.bases`.
         count: how many.
         device: bytes on the GPU of one; empty where it uses none.
-        phases: bytes that come on top, there or on a CPU in ``host``, in one phase of a step. A GPU's allocator gives the
-            memory of one phase to the next; on a CPU they add up, since glibc keeps what small tensors have freed
-            and takes large ones afresh.
+        phases: bytes that come on top, there or on a CPU in ``host``, in one phase of a step. A GPU's allocator gives
+            the memory of one phase to the next; on a CPU they add up, since glibc keeps what small tensors have
+            freed and takes large ones afresh.
         host: bytes of host memory of one, without its base.
         once: bytes of host memory that one of them holds besides.
         mapped: bytes of Ray's object store that one of them has mapped: in its resident size, but there only once.
@@ -140,33 +142,26 @@ class Plan:
 
 
 def find_models(config: TrainConfig) -> Models:
-    """Sizes of the experiment's models: of its checkpoints, or the published ones where there is none.
-
-    Raises:
-        ValueError: a checkpoint that is there cannot be read.
-    """
+    """Sizes of the experiment's models: of its checkpoints, or the published ones where one cannot be read."""
     assumed: list[str] = []
-    policy, servers = config.policy, own_servers(config)
 
-    def found(key: str, path: str) -> bool:
-        there = (Path(path) / "config.json").is_file()
-        if not there:
-            assumed.append(key)
-        return there
+    def found(read: Callable[..., T], published: T, settings: Mapping[str, str]) -> T:
+        try:
+            return read(*settings.values())
+        except (OSError, ValueError):  # what is wrong with it is said by its own check
+            assumed.extend(settings)
+            return published
 
-    shape = models.read_policy(policy.path) if found("policy.path", policy.path) else models.published_policy()
-    tokenizer = (
-        models.read_tokenizer(policy.image_tokenizer)
-        if found("policy.image_tokenizer", policy.image_tokenizer)
-        else models.PUBLISHED_TOKENIZER
-    )
+    policy, sam, expert = config.policy, config.reward.grounded_sam, config.reward.qwen_vl
     vlm, detector = models.PUBLISHED_VLM, models.PUBLISHED_DETECTOR
-    sam, expert = config.reward.grounded_sam, config.reward.qwen_vl
-    if "qwen_vl" in servers and found("reward.qwen_vl.model", expert.model):
-        vlm = models.read_vlm(expert.model)
-    if "grounded_sam" in servers:
-        here = [found(f"reward.grounded_sam.{name}", getattr(sam, name)) for name in ("detector", "segmenter")]
-        detector = models.read_detector(sam.detector, sam.segmenter) if all(here) else detector
+    if "qwen_vl" in own_servers(config):
+        vlm = found(models.read_vlm, vlm, {"reward.qwen_vl.model": expert.model})
+    if "grounded_sam" in own_servers(config):
+        both = {"reward.grounded_sam.detector": sam.detector, "reward.grounded_sam.segmenter": sam.segmenter}
+        detector = found(models.read_detector, detector, both)
+    shape = found(models.read_policy, models.published_policy(), {"policy.path": policy.path})
+    image = {"policy.image_tokenizer": policy.image_tokenizer}
+    tokenizer = found(models.read_tokenizer, models.PUBLISHED_TOKENIZER, image)
     prompt = models.prompt_ids(shape, policy.instruction, policy.path)
     return Models(shape, tokenizer, vlm, detector, prompt, tuple(assumed))
 
@@ -241,7 +236,9 @@ def _learner(config: TrainConfig, sizes: Models, bucket: int) -> Process:
     mapped = {"pushes": 2.0 * whole}
     if not cuda:
         return Process("learner rank", learner.ranks, host=always, phases=phases, once=once, mapped=mapped)
-    host = {"reference": itemsize * policy.parameters / learner.ranks} if reference and learner.offload_reference else {}
+    host = (
+        {"reference": itemsize * policy.parameters / learner.ranks} if reference and learner.offload_reference else {}
+    )
     device = always | {"CUDA, NCCL, fragments": float(arithmetic.CUDA_LEARNER)}
     once["export of the policy"] = whole
     return Process("learner rank", learner.ranks, device, phases, host, once, mapped, gpus=1.0)

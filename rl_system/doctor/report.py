@@ -78,7 +78,7 @@ def examine(config: TrainConfig, machine: Machine) -> Report:
     """Plan and checks of a composed configuration on a machine.
 
     Raises:
-        ValueError: an impossible setting, as `train` says it, or a checkpoint that cannot be read.
+        ValueError: an impossible setting, as `train` says it.
     """
     check_settings(config)
     sizes = find_models(config)
@@ -89,7 +89,7 @@ def examine(config: TrainConfig, machine: Machine) -> Report:
         machine=machine,
         title=f"Memory of {config.name} at its peak, GiB of one process ({where})",
         head=("process", "", *HEADS, "other", "GPU", "host", "fits"),
-        rows=tuple(_row(plan, process, machine) for process in plan.processes) + (_host_row(plan, machine),),
+        rows=(*(_row(plan, process, machine) for process in plan.processes), _host_row(plan, machine)),
         notes=tuple(_notes(config, plan, machine)),
         checks=tuple(run_checks(config, sizes, plan, machine)),
         problems=tuple(_problem(config, sizes, plan, machine, kind) for kind in misfits(plan, machine)),
@@ -116,7 +116,9 @@ def _row(plan: Plan, process: Process, machine: Machine) -> tuple[str, ...]:
 
 def _host_row(plan: Plan, machine: Machine) -> tuple[str, ...]:
     of = f" of {_gib(machine.memory)}" if machine.memory is not None else ""
-    verdict = {True: "yes", False: "NO", None: ""}[None if machine.memory is None else plan.host_total <= machine.memory]
+    verdict = {True: "yes", False: "NO", None: ""}[
+        None if machine.memory is None else plan.host_total <= machine.memory
+    ]
     return ("all on one host", "", *[""] * len(COLUMNS), "", "", _gib(plan.host_total) + of, verdict)
 
 
@@ -144,7 +146,9 @@ def _problem(config: TrainConfig, sizes: Any, plan: Plan, machine: Machine, kind
     else:
         assert machine.gpu_memory is not None
         process = named(plan, kind)
-        text = f"{kind}: {_gib(process.device_peak)} GiB of a GPU needed, {_gib(process.share * machine.gpu_memory)} there"
+        text = (
+            f"{kind}: {_gib(process.device_peak)} GiB of a GPU needed, {_gib(process.share * machine.gpu_memory)} there"
+        )
         other = "take GPUs with more memory"
     return f"{text}. It would fit with {', or '.join(found)}" if found else f"{text}. No setting makes it fit: {other}"
 

@@ -35,11 +35,15 @@ def kept(layers: int, dtype: torch.dtype) -> int:
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
+        mask = tensor.shape[-2:] == (MICRO.chain_ids, MICRO.prompt_ids + MICRO.chain_ids)
+        if storage.data_ptr() not in parameters and not mask:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    positions = [torch.arange(MICRO.prompt_ids).repeat(MICRO.prompts), torch.arange(MICRO.chain_ids).repeat(MICRO.chains)]
+    positions = [
+        torch.arange(MICRO.prompt_ids).repeat(MICRO.prompts),
+        torch.arange(MICRO.chain_ids).repeat(MICRO.chains),
+    ]
     counts = (MICRO.chains // MICRO.prompts,) * MICRO.prompts
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = policy.model.embed_tokens(torch.zeros(1, MICRO.tokens, dtype=torch.long))
@@ -58,11 +62,11 @@ def kept(layers: int, dtype: torch.dtype) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cuda", [False, True], ids=["merged parts", "joined keys, as on CUDA"])
 def test_a_layer_keeps_what_autograd_keeps(monkeypatch, dtype, cuda):
-    if cuda:  # the same code on a CPU; its kernel keeps a mask besides, which flash attention on CUDA does not
+    if cuda:  # the same code on a CPU, whose kernel keeps a mask besides: left out, flash attention on CUDA has none
         monkeypatch.setattr(attention, "merged_parts", attention.joined_keys)
     shape = PolicyShape(64, HIDDEN, WIDE, 2, HEADS, HEADS, 1024, Layout())
     counted = kept(3, dtype) - kept(2, dtype)
-    assert saved_by_layer(shape, MICRO, dtype.itemsize, cuda=cuda) == pytest.approx(counted, rel=0.06 if cuda else 0.015)
+    assert saved_by_layer(shape, MICRO, dtype.itemsize, cuda=cuda) == pytest.approx(counted, rel=0.015)
 
 
 @pytest.mark.unit

@@ -75,7 +75,9 @@ def test_the_simulator_counts_with_the_same_sizes():
     assert policy["kv_bytes_per_token"] == shape.key_value_bytes(2)
     assert figures["learner"]["bytes_per_parameter"] == sum(states(1, 1, 2, reference=True).values())
     expert = figures["expert"]
-    assert expert["parameters"] + expert["vision_parameters"] == pytest.approx(models.PUBLISHED_VLM.parameters, rel=5e-3)
+    assert expert["parameters"] + expert["vision_parameters"] == pytest.approx(
+        models.PUBLISHED_VLM.parameters, rel=5e-3
+    )
     assert expert["kv_bytes_per_token"] == models.PUBLISHED_VLM.key_value_bytes(2)
 
 
