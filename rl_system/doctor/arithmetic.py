@@ -70,11 +70,11 @@ def largest_micro(prompt_ids: int, chain_ids: int, group_size: int, groups_of_ra
 def saved_by_layer(shape: PolicyShape, micro: Micro, itemsize: int, *, cuda: bool) -> int:
     """Bytes that autograd keeps of one decoder layer.
 
-    Per token, in values of h hidden, q query, k key and f MLP channels: two RMS norms keep their input in float32 and the
-    normalised input; q/k/v projections, o, and gate/up keep one input each (h, q, h); the norms of q and k keep their
-    input and the normalised one (2q + 2k); attention keeps q, k, v and its output; SwiGLU keeps four of f. Keys and
-    values are kept once per head of the queries. On CUDA they are kept a second time, behind a copy of the prompt's for
-    each chain (``vlcot.policy.attention.joined_keys``).
+    Per token, in values of h hidden, q query, k key and f MLP channels: two RMS norms keep their input in float32 and
+    the normalised input; q/k/v projections, o, and gate/up keep one input each (h, q, h); the norms of q and k keep
+    their input and the normalised one (2q + 2k); attention keeps q, k, v and its output; SwiGLU keeps four of f. Keys
+    and values are kept once per head of the queries. On CUDA they are kept a second time, behind a copy of the
+    prompt's for each chain (``vlcot.policy.attention.joined_keys``).
     """
     hidden, query, keys, wide = shape.hidden_size, shape.hidden_size, shape.key_value_size, shape.intermediate_size
     tokens = micro.tokens

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Models:
-    """Sizes that a plan is made from. ``assumed``: settings whose checkpoint cannot be read: the published one counts."""
+    """Sizes that a plan is made from. ``assumed``: settings whose checkpoint is unreadable; the published one counts."""
 
     policy: models.PolicyShape
     tokenizer: models.TokenizerShape

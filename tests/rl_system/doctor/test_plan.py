@@ -35,6 +35,13 @@ def test_eight_gpus_as_the_paper_has_them(plan):
     assert misfits(plan, planned("8x80", None)) == []
 
 
+def test_the_papers_numbers(config):
+    learner, rollout = config.learner, config.rollout
+    assert (rollout.group_size, learner.groups_per_step) == (3, 8)
+    assert learner.steps * learner.groups_per_step == 2 * config.data.train_rows == 2 * 500
+    assert (learner.learning_rate, learner.schedule, rollout.temperature) == (2e-6, "cosine", 0.9)
+
+
 def test_a_learner_rank_under_zero_3(plan):
     device = named(plan, "learner rank").device
     share = PARAMETERS / 4
