@@ -101,7 +101,7 @@ def compared(plan: Plan, peaks: Sequence[Peak]) -> dict[str, dict[str, Any]]:
     rows = {}
     for process in plan.processes:
         base = read_bases()[process.kind].resident
-        planned, (seen, _) = plan.host(process), largest(peaks, process.kind)
+        planned, (seen, _) = plan.resident(process), largest(peaks, process.kind)
         own = planned - base
         rows[process.kind] = {
             "planned_mib": round(planned / MIB),

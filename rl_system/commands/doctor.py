@@ -22,7 +22,7 @@ PROGRAM = "rl-system doctor"
 def run(args: list[str]) -> int:
     """Look; returns the exit code: 0 all fits, 1 something does not, 2 bad configuration or arguments."""
     try:
-        options = _parser().parse_args(args)
+        options = _parser().parse_intermixed_args(args)
     except SystemExit as stop:  # of --help, or of arguments that argparse has already complained about
         return int(stop.code or 0)
     try:
@@ -38,7 +38,7 @@ def run(args: list[str]) -> int:
     if options.json:
         print(json.dumps(report.as_json(), indent=2))
     else:
-        _show(report, Console(width=max(Console().width, 150)))
+        _show(report, Console(width=max(Console().width, 150), markup=False, highlight=False))
     return exit_codes.OK if report.good else exit_codes.ERROR
 
 
@@ -64,7 +64,7 @@ def _show(report: Report, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     for line in report.notes:
-        console.print(line, highlight=False, markup=False)
+        console.print(line)
     checks = Table("check", "", "found")
     for check in report.checks:
         mark = {True: "ok", False: "BAD", None: "-"}[check.good]
@@ -72,5 +72,5 @@ def _show(report: Report, console: Console) -> None:
         checks.add_row(check.name, mark, found)
     console.print(checks)
     for problem in report.problems:
-        console.print(problem, highlight=False, markup=False)
-    console.print("All fits." if report.good else "Not ready.", highlight=False)
+        console.print(problem)
+    console.print("All fits." if report.good else "Not ready.")

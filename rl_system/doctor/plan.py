@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Models:
-    """Sizes that a plan is made from. ``assumed``: settings whose checkpoint is unreadable; the published one counts."""
+    """Sizes that a plan is made from. ``assumed``: settings of an unreadable checkpoint; the published one counts."""
 
     policy: models.PolicyShape
     tokenizer: models.TokenizerShape
@@ -128,9 +128,13 @@ class Plan:
         """GPUs of all processes."""
         return sum(process.count * process.gpus for process in self.processes)
 
-    def host(self, process: Process) -> float:
-        """Bytes of host memory of the largest process of a kind, as the kernel counts it (resident)."""
+    def resident(self, process: Process) -> float:
+        """Bytes of the largest process of a kind as the kernel counts them: with libraries and shared memory."""
         return self.bases[process.kind].resident + process.resident
+
+    def host(self, process: Process) -> float:
+        """Bytes of host memory that the largest process of a kind has to itself."""
+        return self.bases[process.kind].private + process.host_part + sum(process.once.values())
 
     @property
     def host_total(self) -> float:

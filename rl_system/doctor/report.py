@@ -64,6 +64,7 @@ class Report:
                     "parts": process.peak,
                     "gpu_bytes": process.device_peak,
                     "host_bytes": self.plan.host(process),
+                    "resident_bytes": self.plan.resident(process),
                 }
                 for process in self.plan.processes
             ],
@@ -133,6 +134,8 @@ def _notes(config: TrainConfig, plan: Plan, machine: Machine) -> list[str]:
         if config.rollout.max_num_seqs > chains:
             line += f"; rollout.max_num_seqs={config.rollout.max_num_seqs} may make vLLM preempt and compute again"
         notes.append(line)
+    if config.cluster.address == "auto" and machine.here:
+        notes.append("cluster.address=auto: what is looked at is this machine; plan for the cluster with --gpus")
     shared = ", ".join(f"{name} {_gib(nbytes)}" for name, nbytes in plan.shared.items())
     return [*notes, f"shared memory, GiB: {shared}", f"checkpoint of the learner, GiB: {_gib(plan.checkpoint)}"]
 
