@@ -47,10 +47,11 @@ def remedies(config: TrainConfig, sizes: Models, machine: Machine, kind: str) ->
 
     A change that asks for more GPUs than there are is left out.
     """
+    most = max(machine.gpus, make_plan(config, sizes).gpus)
 
     def good(change: Change) -> bool:
         plan = make_plan(changed(config, change), sizes)
-        return kind not in misfits(plan, machine) and plan.gpus <= max(machine.gpus, make_plan(config, sizes).gpus)
+        return kind not in misfits(plan, machine) and plan.gpus <= most
 
     ways = CHANGES.get(kind)
     if ways is None:
