@@ -72,5 +72,5 @@ def _show(report: Report, console: Console) -> None:
         checks.add_row(check.name, mark, found)
     console.print(checks)
     for problem in report.problems:
-        console.print(problem)
+        console.print(problem, soft_wrap=True)
     console.print("All fits." if report.good else "Not ready.")

@@ -95,16 +95,16 @@ def _budgets(config: TrainConfig, sizes: Models) -> list[Change]:
     return [{"learner.micro_batch_tokens": STEP * n} for n in range(high, math.ceil(least / STEP) - 1, -1)]
 
 
-def _engine(config: TrainConfig, _: Models, key: str) -> Iterator[list[Change]]:
+def _engine(config: TrainConfig, sizes: Models, key: str) -> Iterator[list[Change]]:
     server = config.rollout if key == "rollout" else config.reward.qwen_vl
     share = server.gpu_memory_utilization
     steps = range(round(100 * share) + 1, round(100 * MOST_UTILISATION) + 1)
     if steps and server.num_gpus >= 1:
         yield [{f"{key}.gpu_memory_utilization": percent / 100} for percent in steps]
     if key == "rollout":
-        longest = config.rollout.max_new_tokens
+        longest, images = config.rollout.max_new_tokens, sum(sizes.policy.image_ids)
         yield [{"rollout.group_size": size} for size in range(config.rollout.group_size - 1, 1, -1)]
-        yield [{"rollout.max_new_tokens": n} for n in range(longest - STEP, longest // 2, -STEP)]
+        yield [{"rollout.max_new_tokens": n} for n in range(longest - STEP, images + STEP, -STEP)]
     else:
         longest = config.reward.qwen_vl.max_model_len
         yield [{f"{key}.max_model_len": n} for n in range(longest - STEP, longest // 2, -STEP)]

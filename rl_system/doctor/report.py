@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rl_system.config.checks import check_settings
@@ -10,9 +10,10 @@ from rl_system.config.schema import TrainConfig
 from rl_system.doctor.advice import HOST, misfits, remedies
 from rl_system.doctor.checks import Check, run_checks
 from rl_system.doctor.machine import Machine
-from rl_system.doctor.plan import Plan, Process, find_models, groups_at_once, make_plan, named
+from rl_system.doctor.plan import Models, Plan, Process, find_models, groups_at_once, make_plan, named
 
 GIB = 2**30
+ANY_NUMBER = 1 << 30
 COLUMNS = ("weights", "optimizer", "gradients", "activations", "logits", "key/value cache")
 HEADS = (*COLUMNS[:-1], "keys, values")
 COLUMN_OF = {
@@ -140,7 +141,7 @@ def _notes(config: TrainConfig, plan: Plan, machine: Machine) -> list[str]:
     return [*notes, f"shared memory, GiB: {shared}", f"checkpoint of the learner, GiB: {_gib(plan.checkpoint)}"]
 
 
-def _problem(config: TrainConfig, sizes: Any, plan: Plan, machine: Machine, kind: str) -> str:
+def _problem(config: TrainConfig, sizes: Models, plan: Plan, machine: Machine, kind: str) -> str:
     found = remedies(config, sizes, machine, kind)
     if kind == HOST:
         assert machine.memory is not None
@@ -153,6 +154,8 @@ def _problem(config: TrainConfig, sizes: Any, plan: Plan, machine: Machine, kind
             f"{kind}: {_gib(process.device_peak)} GiB of a GPU needed, {_gib(process.share * machine.gpu_memory)} there"
         )
         other = "take GPUs with more memory"
+        if not found and (more := remedies(config, sizes, replace(machine, gpus=ANY_NUMBER), kind)):
+            other = f"take larger GPUs, or more of them with {', or '.join(more)}"
     return f"{text}. It would fit with {', or '.join(found)}" if found else f"{text}. No setting makes it fit: {other}"
 
 

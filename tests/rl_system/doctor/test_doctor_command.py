@@ -45,6 +45,12 @@ def test_too_small_gpus_are_named_with_the_settings_that_would_fit(capsys):
     assert "Not ready" in text
 
 
+def test_more_gpus_are_named_where_no_setting_helps(capsys):
+    code, text = doctor(capsys, PAPER, "--gpus", "8x40")
+    assert code == 1
+    assert "No setting makes it fit: take larger GPUs, or more of them with learner.ranks=" in text
+
+
 def test_too_few_gpus(capsys):
     code, text = doctor(capsys, "--gpus", "4x80", PAPER, "--memory", "512", "seed=1")  # in any order
     assert code == 1
