@@ -20,12 +20,7 @@ TITLES = {
     "ray::ServeReplica:grounded_sam:": "Grounded-SAM replica",
     "ray::ServeReplica:qwen_vl:": "expert replica",
 }
-CHILDREN = {
-    "rollout actor": "rollout engine",
-    "rollout engine": "rollout worker",
-    "expert replica": "expert engine",
-    "expert engine": "expert worker",
-}
+ENGINES = {"rollout actor": "rollout engine", "expert replica": "expert engine"}
 """vLLM's processes, titled ``VLLM::...``: whose child it is says whose it is."""
 OTHERS = "Ray"
 
@@ -75,7 +70,7 @@ def _kind(row: Row, peaks: dict[int, Peak]) -> str:
             return kind
     parent = peaks.get(row.parent)
     if row.title.startswith("VLLM::") and parent is not None:
-        return CHILDREN.get(parent.kind, OTHERS)
+        return ENGINES.get(parent.kind, OTHERS)
     return OTHERS
 
 

@@ -135,8 +135,8 @@ def _host(config: TrainConfig, sizes: Models) -> Iterator[list[Change]]:
 
 CHANGES: dict[str, Ways] = {
     "learner rank": _learner,
-    "rollout worker": partial(_engine, key="rollout"),
-    "expert worker": partial(_engine, key="reward.qwen_vl"),
+    "rollout engine": partial(_engine, key="rollout"),
+    "expert engine": partial(_engine, key="reward.qwen_vl"),
     "Grounded-SAM replica": _detector,
     HOST: _host,
 }

@@ -45,7 +45,7 @@ class Process:
             freed and takes large ones afresh.
         host: bytes of host memory of one, without its base.
         once: bytes of host memory that one of them holds besides.
-        mapped: bytes of Ray's object store that one of them has mapped: in its resident size, but there only once.
+        mapped: bytes of shared memory that one of them has mapped: in its resident size, but there only once.
         gpus: of one.
         share: of those GPUs' memory that it may take.
         cache: bytes of keys and values that it must have room for; more is used where there is more.
@@ -174,7 +174,7 @@ def make_plan(config: TrainConfig, sizes: Models) -> Plan:
     """The plan of a checked configuration."""
     bucket = min(config.learner.bucket_mib * MIB, _policy_bytes(sizes, config.learner.dtype))
     whole = _policy_bytes(sizes, config.learner.dtype)
-    processes = [_driver(config, sizes), _learner(config, sizes, bucket), *_rollout(config, sizes, bucket)]
+    processes = [_driver(config, sizes), _learner(config, sizes, bucket), *_rollout(config, sizes)]
     for name in own_servers(config):
         if name == "grounded_sam":
             processes.append(_detector(config, sizes))
@@ -248,7 +248,7 @@ def _learner(config: TrainConfig, sizes: Models, bucket: int) -> Process:
     return Process("learner rank", learner.ranks, device, phases, host, once, mapped, gpus=1.0)
 
 
-def _rollout(config: TrainConfig, sizes: Models, bucket: int) -> list[Process]:
+def _rollout(config: TrainConfig, sizes: Models) -> list[Process]:
     rollout, policy = config.rollout, sizes.policy
     itemsize, actors, parallel = _itemsize(rollout.dtype), rollout.actors, rollout.tensor_parallel_size
     decoder = arithmetic.image_decoder(sizes.tokenizer, policy.layout.full_size, rollout.group_size)
@@ -256,27 +256,26 @@ def _rollout(config: TrainConfig, sizes: Models, bucket: int) -> list[Process]:
     actor = Process("rollout actor", actors, host=decoder, mapped=mapped)
     batched = max(policy.max_position_embeddings, 2048)  # actors.rollout_actor: prompts are prefilled whole
     work = arithmetic.engine_work(policy, itemsize, batched, rollout.max_num_seqs) / parallel
-    push = {"bucket of a push": 2.0 * arithmetic.pushed(policy, _itemsize(config.learner.dtype), bucket)}
     weights = {"weights": policy.parameters * itemsize / parallel}
-    core = Process("rollout engine", actors)
+    files = {"files of a push": float(_policy_bytes(sizes, config.learner.dtype))}
     if not rollout.num_gpus:
-        parts = weights | {"activations": work, "key/value cache": rollout.kv_cache_gib * GIB} | push
-        return [actor, core, Process("rollout worker", actors, host=parts)]
+        parts = weights | {"activations": work, "key/value cache": rollout.kv_cache_gib * GIB}
+        return [actor, Process("rollout engine", actors, host=parts, mapped=files)]
     # vLLM refuses to start without room for its longest sequence, and a group must run at once or wait for itself
     group = sizes.prompt_ids + rollout.group_size * rollout.max_new_tokens
     cache = max(group, policy.max_position_embeddings) * policy.key_value_bytes(itemsize) / parallel
     device = weights | {"activations": work, "CUDA, graphs": float(arithmetic.CUDA_ENGINE)}
     engine = Process(
-        "rollout worker",
+        "rollout engine",
         actors,
         device,
-        host=push,
+        mapped=files,
         gpus=rollout.num_gpus,
         share=rollout.gpu_memory_utilization,
         cache=cache,
         cache_fills=True,
     )
-    return [actor, core, engine]
+    return [actor, engine]
 
 
 def _detector(config: TrainConfig, sizes: Models) -> Process:
@@ -293,15 +292,16 @@ def _expert(config: TrainConfig, sizes: Models) -> list[Process]:
     expert, vlm = config.reward.qwen_vl, sizes.vlm
     count, itemsize = _replicas(expert), _itemsize(expert.dtype)
     weights = {"weights": vlm.parameters * itemsize / expert.tensor_parallel_size}
-    core = [Process("expert replica", count), Process("expert engine", count)]
+    replica = Process("expert replica", count)
     if not expert.num_gpus:
-        return [*core, Process("expert worker", count, host=weights | {"key/value cache": expert.kv_cache_gib * GIB})]
+        parts = weights | {"key/value cache": expert.kv_cache_gib * GIB}
+        return [replica, Process("expert engine", count, host=parts)]
     device = weights | {
         "activations": float(arithmetic.VISION_WORK),
         "CUDA, graphs": float(arithmetic.CUDA_ENGINE),
     }
-    worker = Process(
-        "expert worker",
+    engine = Process(
+        "expert engine",
         count,
         device,
         gpus=expert.num_gpus,
@@ -309,7 +309,7 @@ def _expert(config: TrainConfig, sizes: Models) -> list[Process]:
         cache=expert.max_model_len * vlm.key_value_bytes(itemsize) / expert.tensor_parallel_size,
         cache_fills=True,
     )
-    return [*core, worker]
+    return [replica, engine]
 
 
 def _replicas(server: GroundedSamServerConfig | VisualExpertServerConfig) -> int:
@@ -324,4 +324,4 @@ def named(plan: Plan, kind: str) -> Process:
 
 def groups_at_once(plan: Plan, memory: float) -> int:
     """Groups of longest chains whose keys and values one rollout actor holds on GPUs of so many bytes."""
-    return int(named(plan, "rollout worker").cache_at(memory) // plan.group_cache)
+    return int(named(plan, "rollout engine").cache_at(memory) // plan.group_cache)

@@ -127,7 +127,7 @@ def _host_row(plan: Plan, machine: Machine) -> tuple[str, ...]:
 def _notes(config: TrainConfig, plan: Plan, machine: Machine) -> list[str]:
     learner = named(plan, "learner rank")
     notes = [f"learner rank: at its peak in {learner.worst_phase}"] if learner.gpus else []
-    engine = named(plan, "rollout worker")
+    engine = named(plan, "rollout engine")
     if engine.cache_fills and machine.gpu_memory and engine.fits(machine.gpu_memory):
         groups = groups_at_once(plan, machine.gpu_memory)
         chains = groups * config.rollout.group_size

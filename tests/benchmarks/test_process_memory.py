@@ -26,7 +26,7 @@ def test_the_peak_of_a_process_and_of_its_child_is_seen():
 
 @pytest.mark.unit
 def test_a_process_of_vllm_belongs_to_the_actor_or_server_that_started_it():
-    peaks = {1: Peak("driver"), 2: Peak("rollout actor"), 3: Peak("expert replica"), 4: Peak("rollout engine")}
+    peaks = {1: Peak("driver"), 2: Peak("rollout actor"), 3: Peak("expert replica")}
 
     def kind(title: str, parent: int) -> str:
         return _kind(Row(9, parent, title, 0.0), peaks)
@@ -35,5 +35,4 @@ def test_a_process_of_vllm_belongs_to_the_actor_or_server_that_started_it():
     assert kind("ray::ServeReplica:qwen_vl:qwen_vl.handle", 1) == "expert replica"
     assert kind("VLLM::EngineCore", 2) == "rollout engine"
     assert kind("VLLM::EngineCore", 3) == "expert engine"
-    assert kind("VLLM::Worker", 4) == "rollout worker"
     assert kind("ray::IDLE", 1) == kind("VLLM::EngineCore", 1) == OTHERS

@@ -30,7 +30,7 @@ def plan(config):
 
 def test_eight_gpus_as_the_paper_has_them(plan):
     counts = {p.kind: p.count for p in plan.processes if p.gpus}
-    assert counts == {"learner rank": 4, "rollout worker": 2, "Grounded-SAM replica": 1, "expert worker": 1}
+    assert counts == {"learner rank": 4, "rollout engine": 2, "Grounded-SAM replica": 1, "expert engine": 1}
     assert plan.gpus == 8
     assert misfits(plan, planned("8x80", None)) == []
 
@@ -62,7 +62,7 @@ def test_activations_of_a_whole_group_with_checkpointing(plan):
 
 
 def test_the_key_value_cache_holds_four_groups(plan):
-    engine = named(plan, "rollout worker")
+    engine = named(plan, "rollout engine")
     assert plan.group_cache == 524_288 * (4_338 + 3 * 7_000)
     free = 0.9 * MEMORY - 2 * PARAMETERS - engine.device["activations"] - engine.device["CUDA, graphs"]
     assert engine.cache_at(MEMORY) == pytest.approx(free)
@@ -82,8 +82,8 @@ def test_a_checkpoint_is_what_a_run_has_written():
         (48, [], "learner rank", "learner.offload_reference=true learner.micro_batch_tokens="),
         (80, ["learner.activation_checkpointing=false"], "learner rank", "learner.activation_checkpointing=true"),
         (80, ["learner.ranks=2"], "learner rank", "learner.ranks=3"),
-        (32, [], "rollout worker", "rollout.group_size=2"),
-        (16, [], "expert worker", "reward.qwen_vl.tensor_parallel_size=2 reward.qwen_vl.num_gpus=2"),
+        (32, [], "rollout engine", "rollout.group_size=2"),
+        (16, [], "expert engine", "reward.qwen_vl.tensor_parallel_size=2 reward.qwen_vl.num_gpus=2"),
     ],
 )
 def test_the_settings_that_are_named_make_it_fit(gpu_gb, overrides, kind, wanted):
