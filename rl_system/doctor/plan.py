@@ -180,7 +180,7 @@ def make_plan(config: TrainConfig, sizes: Models) -> Plan:
             processes.append(_detector(config, sizes))
         elif name == "qwen_vl":
             processes += _expert(config, sizes)
-    processes.append(Process(RAY, 1))
+    processes.append(Process(RAY, 1, mapped={"pushes": 2.0 * whole}))  # in the actor that keeps the last ones
     shared = {
         "object store: weights of two pushes": 2.0 * whole,
         "/dev/shm: a push for each actor": float(config.rollout.actors * whole),
