@@ -9,7 +9,7 @@ from functools import partial
 
 from rl_system.config.schema import TrainConfig
 from rl_system.doctor.machine import Machine
-from rl_system.doctor.plan import Models, Plan, Process, make_plan
+from rl_system.doctor.plan import Models, Plan, make_plan
 
 HOST = "host memory"
 
@@ -140,9 +140,3 @@ CHANGES: dict[str, Ways] = {
     "Grounded-SAM replica": _detector,
     HOST: _host,
 }
-
-
-def shortage(process: Process, machine: Machine) -> float:
-    """Bytes by which a GPU is too small."""
-    assert machine.gpu_memory is not None
-    return process.device_peak - process.share * machine.gpu_memory

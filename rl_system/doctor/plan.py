@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 
 from rl_system import assembly
-from rl_system.config.schema import GroundedSamServerConfig, TrainConfig, VisualExpertServerConfig
-from rl_system.config.servers import own_servers
+from rl_system.config.schema import TrainConfig
+from rl_system.config.servers import ServerConfig, own_servers, server_config
 from rl_system.doctor import arithmetic, models
 from rl_system.doctor.arithmetic import GIB, MIB, Parts
 from rl_system.doctor.bases import Base, read_bases
@@ -111,9 +111,11 @@ class Plan:
     Attributes:
         processes: by kind.
         shared: bytes in shared memory (Ray's object store, files of a push).
-        group_cache: bytes of keys and values of a group of longest chains, and of one longest sequence.
+        group_cache: bytes of keys and values of a group of longest chains, on each GPU of an actor.
         checkpoint: bytes of one learner checkpoint.
         policy_file: bytes of an exported policy.
+        bases: kind of process -> what it has without its model.
+        unplanned: servers whose models are not counted.
     """
 
     processes: tuple[Process, ...]
@@ -122,6 +124,11 @@ class Plan:
     checkpoint: float
     policy_file: float
     bases: Mapping[str, Base]
+    unplanned: tuple[str, ...] = ()
+
+    def base(self, kind: str) -> Base:
+        """What a process has without its model; other reward servers are taken for Grounded-SAM's."""
+        return self.bases.get(kind, self.bases["Grounded-SAM replica"])
 
     @property
     def gpus(self) -> float:
@@ -130,17 +137,17 @@ class Plan:
 
     def resident(self, process: Process) -> float:
         """Bytes of the largest process of a kind as the kernel counts them: with libraries and shared memory."""
-        return self.bases[process.kind].resident + process.resident
+        return self.base(process.kind).resident + process.resident
 
     def host(self, process: Process) -> float:
         """Bytes of host memory that the largest process of a kind has to itself."""
-        return self.bases[process.kind].private + process.host_part + sum(process.once.values())
+        return self.base(process.kind).private + process.host_part + sum(process.once.values())
 
     @property
     def host_total(self) -> float:
         """Bytes of host memory of everything: private memory, and shared memory once."""
         return sum(self.shared.values()) + sum(
-            process.count * (self.bases[process.kind].private + process.host_part) + sum(process.once.values())
+            process.count * (self.base(process.kind).private + process.host_part) + sum(process.once.values())
             for process in self.processes
         )
 
@@ -180,19 +187,24 @@ def make_plan(config: TrainConfig, sizes: Models) -> Plan:
             processes.append(_detector(config, sizes))
         elif name == "qwen_vl":
             processes += _expert(config, sizes)
+        else:
+            server = server_config(config, name)
+            processes.append(Process(f"{name} replica", _replicas(server), gpus=server.num_gpus))
     processes.append(Process(RAY, 1, mapped={"pushes": 2.0 * whole}))  # in the actor that keeps the last ones
     shared = {
         "object store: weights of two pushes": 2.0 * whole,
         "/dev/shm: a push for each actor": float(config.rollout.actors * whole),
     }
-    ids = sizes.prompt_ids + config.rollout.group_size * config.rollout.max_new_tokens
+    rollout = config.rollout
+    ids = sizes.prompt_ids + rollout.group_size * rollout.max_new_tokens
     return Plan(
         processes=tuple(processes),
         shared=shared,
-        group_cache=float(ids * sizes.policy.key_value_bytes(_itemsize(config.rollout.dtype))),
+        group_cache=ids * sizes.policy.key_value_bytes(_itemsize(rollout.dtype)) / rollout.tensor_parallel_size,
         checkpoint=12.0 * sizes.policy.parameters,  # float32 weights and two moments; seen in a toy run
         policy_file=float(whole),
         bases=read_bases(),
+        unplanned=tuple(name for name in own_servers(config) if name not in ("grounded_sam", "qwen_vl")),
     )
 
 
@@ -312,7 +324,7 @@ def _expert(config: TrainConfig, sizes: Models) -> list[Process]:
     return [replica, engine]
 
 
-def _replicas(server: GroundedSamServerConfig | VisualExpertServerConfig) -> int:
+def _replicas(server: ServerConfig) -> int:
     """So many when the run starts."""
     return server.replicas if server.autoscaling.max_replicas is None else server.autoscaling.min_replicas
 

@@ -135,6 +135,7 @@ def _notes(config: TrainConfig, plan: Plan, machine: Machine) -> list[str]:
         if config.rollout.max_num_seqs > chains:
             line += f"; rollout.max_num_seqs={config.rollout.max_num_seqs} may make vLLM preempt and compute again"
         notes.append(line)
+    notes += [f"{name}: its model is not planned, only its process and GPUs" for name in plan.unplanned]
     if config.cluster.address == "auto" and machine.here:
         notes.append("cluster.address=auto: what is looked at is this machine; plan for the cluster with --gpus")
     shared = ", ".join(f"{name} {_gib(nbytes)}" for name, nbytes in plan.shared.items())

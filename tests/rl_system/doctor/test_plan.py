@@ -108,6 +108,26 @@ def test_host_memory_of_a_machine_without_gpus():
     assert misfits(plan, replace(machine, memory=plan.host_total)) == []
 
 
+def test_other_servers_count_with_their_gpus():
+    config = compose_config([*PAPER, "reward=perceptual", "reward.iqa.num_gpus=1", "reward.iqa.replicas=2"])
+    plan = make_plan(config, find_models(config))
+    assert (plan.gpus, plan.unplanned) == (9, ("iqa",))
+    assert {p.kind for p in plan.processes} >= {"Grounded-SAM replica", "iqa replica"}
+
+
+def test_an_engine_on_two_gpus_holds_half_on_each():
+    one, two = (
+        make_plan(config, find_models(config))
+        for config in (
+            compose_config(PAPER),
+            compose_config([*PAPER, "rollout.tensor_parallel_size=2", "rollout.num_gpus=2"]),
+        )
+    )
+    assert two.gpus == one.gpus + 2
+    assert named(two, "rollout engine").device["weights"] == PARAMETERS
+    assert groups_at_once(two, MEMORY) > 2 * groups_at_once(one, MEMORY)
+
+
 def test_no_more_gpus_than_there_are_are_advised():
     config = compose_config([*PAPER, "learner.ranks=2", "learner.activation_checkpointing=false"])
     sizes = find_models(config)
