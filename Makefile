@@ -57,6 +57,8 @@ bench: bench-rewards bench-trl
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.async_speedup
 	$(BIN)/python -m benchmarks.degradation
+	$(BIN)/python -m benchmarks.memory_plan
+	$(BIN)/python -m benchmarks.weight_push
 
 bench-rewards: setup
 	$(BIN)/python -m benchmarks.rewards

@@ -10,6 +10,7 @@ from rl_system.commands import exit_codes
 
 COMMANDS = {
     "train": "train VLCoT-GRPO: rl-system train experiment=toy [KEY=VALUE ...]",
+    "doctor": "does this machine hold this experiment: rl-system doctor experiment=toy [--gpus 8x80]",
     "evaluate": "the paper's metrics and table: rl-system evaluate --data RealSR=DIR --method NAME=DIR --output DIR",
     "prepare-data": "photographs into training data: rl-system prepare-data input=DIR output=DIR captions=FILE",
     "import-weights": "published weights into our format: rl-system import-weights KIND SOURCE OUTPUT",

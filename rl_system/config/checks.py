@@ -24,17 +24,26 @@ def check(config: TrainConfig) -> None:
     Raises:
         ValueError: naming the key, its value and what would be allowed.
     """
+    check_settings(config)
+    _check_expert(config)
+    _check_extra(config)
+    _check_checkpoints(config)
+    _check_servers(config)
+
+
+def check_settings(config: TrainConfig) -> None:
+    """The part of :func:`check` that reads no file.
+
+    Raises:
+        ValueError: as :func:`check`.
+    """
     _check_numbers(config)
     _check_choices(config)
     _check_labels(config)
     for name in _SERVERS:
         _check_autoscaling(f"reward.{name}.autoscaling", getattr(config.reward, name).autoscaling)
     ExpertWeights(**vars(config.reward.expert_weights))
-    _check_expert(config)
     _check_asking(config)
-    _check_extra(config)
-    _check_checkpoints(config)
-    _check_servers(config)
 
 
 def _check_numbers(config: TrainConfig) -> None:

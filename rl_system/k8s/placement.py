@@ -196,6 +196,7 @@ def _paths(manifest: Manifest, config: TrainConfig) -> Iterator[Problem]:
         fix = f"set output_dir={MOUNTS['runs']}"
         yield manifest.problem("entrypoint", f"output_dir={config.output_dir} is lost with the pod", fix)
     read = checkpoints(config) | {"reward.iqa.weights_dir": config.reward.iqa.weights_dir or ""}
+    read |= {"data.path": config.data.path}
     for key, path in read.items():
         if Path(path).is_absolute() and not path.startswith(tuple(f"{m}/" for m in MOUNTS.values())):
             fix = f"put it under {' or '.join(MOUNTS.values())}, or give a path inside the image"

@@ -181,8 +181,8 @@ MISTAKES = {
     ),
     "label of another pool": sizes(
         "gpu-8",
-        "rollout.actors=2",
-        "rollout.actors=2 rollout.labels={rl.io/pool:learner}",
+        "policy.path=",
+        "rollout.labels={rl.io/pool:learner} policy.path=",
         "learner has",
         "rollout alone",
     ),
@@ -195,8 +195,8 @@ MISTAKES = {
     ),
     "server without a label": sizes(
         "prod",
-        "experiment=toy cluster=kubernetes reward",
-        "experiment=toy cluster=job reward",
+        "experiment=realsr_r1_7b cluster=kubernetes reward",
+        "experiment=realsr_r1_7b cluster=job reward",
         "qwen_vl replica",
         "vlm",
     ),
@@ -205,6 +205,7 @@ MISTAKES = {
     ),
     "lost run": sizes("dev-cpu", "output_dir=/runs", "output_dir=/tmp", "entrypoint", "output_dir=/runs", JOB),
     "model on no volume": sizes("gpu-8", "/models/policy", "/data/policy", "policy.path", "under /runs or", CLUSTER),
+    "images on no volume": sizes("gpu-8", "/models/train", "/data/train", "data.path", "under /runs or", CLUSTER),
     "too few GPUs": sizes(
         "gpu-8", 'learner-gpus: "4"', 'learner-gpus: "2"', "room for 2 of 4 learner ranks", "learner-gpus"
     ),
@@ -230,7 +231,7 @@ AGAINST_CRDS = {
     "misspelt in a Job": Mistake(
         "gpu-8", "components/prefetch/job.yaml", "restartPolicy", "restartPolcy", "spec", "did you mean restartPolicy?"
     ),
-    "bad quantity": sizes("gpu-8", "16Gi", "16GiB", "limits.memory", "allowed", CLUSTER),
+    "bad quantity": sizes("gpu-8", "48Gi", "48GiB", "limits.memory", "allowed", CLUSTER),
     "number for text": Mistake("dev-cpu", JOB, 'num-cpus: "0"', "num-cpus: 0", "num-cpus", 'quotes: "0"'),
     "claim without a name": Mistake("dev-cpu", JOB, "claimName: runs", "readOnly: true", "Claim", "add the field"),
     "unknown mode": Mistake("dev-cpu", JOB, "mode: token", "mode: tokens", "authOptions.mode", "allowed"),

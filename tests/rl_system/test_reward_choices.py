@@ -21,7 +21,7 @@ from vlcot.rewards import METRIC_EXPERTS
 pytestmark = pytest.mark.unit
 
 SERVERS_OF = {
-    "toy": ("grounded_sam", "qwen_vl"),
+    "paper": ("grounded_sam", "qwen_vl"),
     "no_format": ("grounded_sam", "qwen_vl"),
     "no_degradation": ("grounded_sam", "qwen_vl"),
     "no_understanding": ("qwen_vl",),
@@ -44,7 +44,7 @@ def in_the_repository_without_metric_weights(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def composed():
     """One choice of each expert, composed once."""
-    choices = {"qwen_vl": "toy", "perceptual": "perceptual", "generative": "generative"}
+    choices = {"qwen_vl": "paper", "perceptual": "perceptual", "generative": "generative"}
     return {expert: compose_config(["experiment=toy", f"reward={choice}"]) for expert, choice in choices.items()}
 
 
@@ -142,3 +142,8 @@ def test_the_format_reward_alone_starts_no_server() -> None:
     config = load_config(["experiment=toy", *off])
     assert servers(config) == ()
     assert deploy(reward_apps.applications(config)) == {}
+
+
+def test_a_choice_of_rewards_leaves_an_experiment_its_servers():
+    config = compose_config(["experiment=realsr_r1_7b", "reward=objects_tagged"])
+    assert (config.reward.objects, config.reward.qwen_vl.model) == ("tagged_grounded_sam", "models/qwen_vl")

@@ -19,7 +19,7 @@ CLUSTER = Cluster(FIGURES)
 
 
 def test_costs_of_7b_are_those_of_pencil_and_paper():
-    # 20 bytes x 7.08e9 over devices with 72 - 12 GB each
+    # 18 bytes x 7.08e9 over devices with 72 - 12 GB each
     assert CLUSTER.least_learner_gpus() == 3
     # room 72 - 14.2 - 3 GB; a group's keys and values at their longest 0.524 MB x (4,300 + 8 x 5,800) = 26.6 GB
     rollout = CLUSTER.rollout()
