@@ -21,7 +21,7 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: run test test-unit check format setup bench bench-rewards bench-trl chaos data-demo toy-weights clean
+.PHONY: run test test-unit check format setup bench bench-rewards bench-trl chaos data-demo cold-start-demo toy-weights clean
 
 setup: $(INSTALLED)
 
@@ -83,6 +83,14 @@ ifdef DATA
 	$(BIN)/rl-system prepare-data input=$(DATA) output=runs/data-demo/own-prepared \
 		captions=runs/data-demo/own/captions.jsonl crop=512 min_file_kib=0 images_per_shard=8
 endif
+
+cold-start-demo: setup
+	$(BIN)/python -m toy.export_photographs runs/cold-start-demo/toy --count 2048
+	$(BIN)/rl-system prepare-data input=runs/cold-start-demo/toy/photographs output=runs/cold-start-demo/data \
+		captions=runs/cold-start-demo/toy/captions.jsonl objects=runs/cold-start-demo/toy/captions.jsonl \
+		min_pixels=0 min_file_kib=0 sharpen_target=false images_per_shard=128
+	$(BIN)/rl-system cold-start recipe=toy data=runs/cold-start-demo/data output_dir=runs/cold-start-demo seed=$(SEED) \
+		overwrite=true
 
 toy-weights: setup
 	$(BIN)/python -m toy.train_vq

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from learners.engine import ShardedPolicy, gathered
+from learners.protocols import ProgressSink
 
 POLICY_FILES = ("tokenizer.json", "generation_config.json")
 """Files of a policy directory, beside config and weights, that training does not change."""
@@ -31,6 +32,14 @@ def save_checkpoint(policy: ShardedPolicy, step: int, metrics: dict[str, float])
         policy.save(directory, {"step": step, "rng": torch.get_rng_state(), "ranks": dist.get_world_size()})
         ray.train.report({**metrics, "step": step}, checkpoint=ray.train.Checkpoint.from_directory(directory))
     ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)
+
+
+def checkpoint(policy: ShardedPolicy, step: int, metrics: dict[str, float], progress: ProgressSink) -> int:
+    """:func:`save_checkpoint`, and tell ``progress``; returns ``step``. Collective."""
+    save_checkpoint(policy, step, metrics)
+    if dist.get_rank() == 0:
+        progress.checkpointed(step)
+    return step
 
 
 def restore_checkpoint(policy: ShardedPolicy) -> int:

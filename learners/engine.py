@@ -26,8 +26,8 @@ _PREFIX = "policy."
 _TAG = "zero3"
 
 
-class LogprobModule(nn.Module):
-    """A policy whose forward gives token log-probs, so that the engine's hooks gather its shards."""
+class ScoreModule(nn.Module):
+    """A policy whose forward gives scores of chains, so that the engine's hooks gather its shards."""
 
     def __init__(self, policy: VlcotForCausalLM, table: SupportTable, temperature: float) -> None:
         super().__init__()
@@ -37,9 +37,9 @@ class LogprobModule(nn.Module):
 
     def forward(
         self, prompt_ids: torch.Tensor, chain_ids: torch.Tensor, supports: torch.Tensor, counts: tuple[int, ...]
-    ) -> torch.Tensor:
-        """float32 [B, S]; see :meth:`VlcotForCausalLM.chain_logprobs`."""
-        return self.policy.chain_logprobs(prompt_ids, chain_ids, supports, counts, self.table, self.temperature)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two float32 [B, S]; see :meth:`VlcotForCausalLM.chain_scores`."""
+        return self.policy.chain_scores(prompt_ids, chain_ids, supports, counts, self.table, self.temperature)
 
 
 def join_process_group(spec: LearnerSpec) -> torch.device:
@@ -62,6 +62,14 @@ def join_process_group(spec: LearnerSpec) -> torch.device:
     return device
 
 
+def engine_versions() -> dict[str, str]:
+    """Versions of the engines as imported in this process."""
+    import deepspeed
+    import ray
+
+    return {"deepspeed": deepspeed.__version__, "torch": torch.__version__, "ray": ray.__version__}
+
+
 class ShardedPolicy:
     """A policy in ZeRO-3 shards over all ranks. Every method is collective.
 
@@ -70,9 +78,12 @@ class ShardedPolicy:
         spec: of the learner group.
         device: of this rank.
         trainable: with AdamW and gradients; otherwise frozen and for inference only.
+        dropout: of what attention and MLP add to the residual stream, in training (Lumina-mGPT).
     """
 
-    def __init__(self, path: str, spec: LearnerSpec, device: torch.device, *, trainable: bool) -> None:
+    def __init__(
+        self, path: str, spec: LearnerSpec, device: torch.device, *, trainable: bool, dropout: float = 0.0
+    ) -> None:
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
@@ -85,8 +96,10 @@ class ShardedPolicy:
         if trainable and spec.activation_checkpointing:
             # The other kind compares shapes of kept and recomputed tensors, and ZeRO-3 frees parameters between them.
             policy.gradient_checkpointing_enable({"use_reentrant": True})
+        if dropout:
+            _drop_residuals(policy, dropout)
         self.family = Family.from_pretrained(path)
-        module = LogprobModule(policy, SupportTable.of(self.family.grammar, device), spec.temperature)
+        module = ScoreModule(policy, SupportTable.of(self.family.grammar, device), spec.temperature)
         module.train(trainable).requires_grad_(trainable)
         optimizer = _adamw(module, spec) if trainable else None
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
@@ -94,7 +107,15 @@ class ShardedPolicy:
 
     def logprobs(self, micro: MicroBatch) -> torch.Tensor:
         """float32 [B, S] of the chains' ids under these weights and the sampling distribution."""
+        return self.scores(micro)[0]
+
+    def scores(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`logprobs`, and the log-sum-exp of the logits at each position: two float32 [B, S]."""
         return self._engine(micro.prompt_ids, micro.chain_ids, micro.supports, micro.counts)
+
+    def train(self, mode: bool = True) -> None:
+        """Dropout or not."""
+        self._engine.module.train(mode)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of this rank's share ``loss`` to that of the step."""
@@ -152,6 +173,15 @@ def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """Shape of the whole parameter, whatever part of it is here."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _drop_residuals(policy: VlcotForCausalLM, share: float) -> None:
+    def drop(module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(output, share, module.training)
+
+    for layer in policy.model.layers:
+        for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            last.register_forward_hook(drop)
 
 
 def _adamw(module: nn.Module, spec: LearnerSpec) -> torch.optim.AdamW:

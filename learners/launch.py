@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,14 @@ from typing import Any
 import ray.train
 import ray.train.torch
 
-from learners.protocols import BatchSource, LoopConfig, ProgressSink
+from learners.protocols import (
+    BatchSource,
+    ExampleSource,
+    LoopConfig,
+    ProgressSink,
+    SupervisedConfig,
+    SupervisedLine,
+)
 from learners.spec import LearnerSpec
 from vlcot.policy.family import read_config
 from vlcot.weights import WeightSink
@@ -27,6 +35,13 @@ def train_loop(config: dict[str, Any]) -> int:
     return loop.train_loop(config)
 
 
+def supervised_loop(config: dict[str, Any]) -> int:
+    """:func:`learners.supervised_loop.supervised_loop`, as above."""
+    from learners import supervised_loop
+
+    return supervised_loop.supervised_loop(config)
+
+
 @dataclass(frozen=True)
 class LearnerResult:
     """``steps`` done, the exported policy, and the newest checkpoint (None when no step was ever made)."""
@@ -36,17 +51,15 @@ class LearnerResult:
     checkpoint_path: Path | None
 
 
-class LearnerGroup:
+class WorkerGroup:
     """``spec.ranks`` workers that train in the background of the driver.
 
     A group with the same ``storage_path`` and ``name`` goes on from the newest checkpoint found there.
 
     Args:
-        spec: what to train.
-        source: gives batches; with ``sink`` and ``progress`` it travels into the workers by pickle.
-        sink: takes weights.
-        progress: hears of every step.
-        storage_path: directory of checkpoints and the exported policy; on all nodes the same.
+        function: what each worker runs.
+        loop: its arguments; travel into the workers by pickle.
+        storage_path: directory of checkpoints; on all nodes the same.
         name: of the run inside ``storage_path``.
         resources: of one worker, as Ray counts them; default one CPU, and one GPU with ``spec.use_gpu``.
         labels: of the nodes that may hold the workers; none: any node.
@@ -58,24 +71,23 @@ class LearnerGroup:
 
     def __init__(
         self,
-        spec: LearnerSpec,
-        source: BatchSource,
-        sink: WeightSink,
-        progress: ProgressSink,
+        function: Callable[[dict[str, Any]], int],
+        loop: LoopConfig | SupervisedConfig,
         storage_path: str | Path,
         name: str,
         resources: dict[str, float] | None = None,
         labels: dict[str, str] | None = None,
     ) -> None:
-        for path in (spec.policy_path, spec.reference_path):
+        for path in (loop.spec.policy_path, loop.spec.reference_path):
             if path is not None:
                 read_config(path)
-        self.policy_path = Path(storage_path).absolute() / name / "policy"
-        self._spec = spec
-        self._loop = LoopConfig(spec, source, sink, progress, str(self.policy_path))
+        self.policy_path = Path(loop.export_path)
+        self._function = function
+        self._loop = loop
+        self._spec = loop.spec
         self._storage = Path(storage_path).absolute()
         self._name = name
-        self._resources = resources or ({"CPU": 1, "GPU": 1} if spec.use_gpu else {"CPU": 1})
+        self._resources = resources or ({"CPU": 1, "GPU": 1} if loop.spec.use_gpu else {"CPU": 1})
         self._labels = dict(labels or {})
         self._thread = threading.Thread(target=self._run, name=f"learners-{name}", daemon=True)
         self._result: LearnerResult | None = None
@@ -119,7 +131,7 @@ class LearnerGroup:
 
     def _fit(self) -> LearnerResult:
         trainer = ray_train.torch.TorchTrainer(
-            train_loop,
+            self._function,
             train_loop_config={"loop": self._loop},
             torch_config=ray_train.torch.TorchConfig(backend="nccl" if self._spec.use_gpu else "gloo"),
             scaling_config=ray_train.ScalingConfig(
@@ -139,6 +151,70 @@ class LearnerGroup:
         result = trainer.fit()
         checkpoint = Path(result.checkpoint.path) if result.checkpoint else None
         return LearnerResult(int(result.return_value), self.policy_path, checkpoint)
+
+
+class LearnerGroup(WorkerGroup):
+    """Trains by GRPO.
+
+    Args:
+        spec: what to train.
+        source: gives batches.
+        sink: takes weights.
+        progress: hears of every step.
+        storage_path: directory of checkpoints and the exported policy.
+        name, resources, labels: of :class:`WorkerGroup`.
+    """
+
+    def __init__(
+        self,
+        spec: LearnerSpec,
+        source: BatchSource,
+        sink: WeightSink,
+        progress: ProgressSink,
+        storage_path: str | Path,
+        name: str,
+        resources: dict[str, float] | None = None,
+        labels: dict[str, str] | None = None,
+    ) -> None:
+        policy = exported_policy(storage_path, name)
+        loop = LoopConfig(spec, source, sink, progress, str(policy))
+        super().__init__(train_loop, loop, storage_path, name, resources, labels)
+
+
+class ColdStartGroup(WorkerGroup):
+    """Trains on examples.
+
+    Args:
+        spec: what to train.
+        source: gives examples.
+        line: hears of every step, and says when to stop.
+        dropout, z_loss, evaluate_every: of :class:`~learners.protocols.SupervisedConfig`.
+        storage_path: directory of checkpoints and the exported policy.
+        name, resources, labels: of :class:`WorkerGroup`.
+    """
+
+    def __init__(
+        self,
+        spec: LearnerSpec,
+        source: ExampleSource,
+        line: SupervisedLine,
+        *,
+        dropout: float,
+        z_loss: float,
+        evaluate_every: int,
+        storage_path: str | Path,
+        name: str,
+        resources: dict[str, float] | None = None,
+        labels: dict[str, str] | None = None,
+    ) -> None:
+        policy = exported_policy(storage_path, name)
+        loop = SupervisedConfig(spec, source, line, dropout, z_loss, evaluate_every, str(policy))
+        super().__init__(supervised_loop, loop, storage_path, name, resources, labels)
+
+
+def exported_policy(storage_path: str | Path, name: str) -> Path:
+    """Where the trained policy of a run goes."""
+    return Path(storage_path).absolute() / name / "policy"
 
 
 def _worker_environment(spec: LearnerSpec) -> dict[str, str]:

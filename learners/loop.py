@@ -11,10 +11,10 @@ import ray.train
 import torch
 import torch.distributed as dist
 
-from learners.checkpoints import export_policy, restore_checkpoint, save_checkpoint
-from learners.engine import ShardedPolicy, join_process_group
+from learners.checkpoints import checkpoint, export_policy, restore_checkpoint
+from learners.engine import ShardedPolicy, engine_versions, join_process_group
 from learners.grpo_step import grpo_step
-from learners.protocols import LearnerStart, LoopConfig, ProgressSink
+from learners.protocols import LearnerStart, LoopConfig
 from learners.publisher import Publisher
 from learners.spec import LearnerSpec
 
@@ -57,28 +57,14 @@ def train_loop(config: dict[str, Any]) -> int:
         if leader:
             loop.progress.report(done, metrics)
         if done % spec.checkpoint_every == 0 or ray.train.get_preemption_info() is not None:
-            saved = _checkpoint(policy, done, metrics, loop.progress)
+            saved = checkpoint(policy, done, metrics, loop.progress)
     if saved != done:
-        _checkpoint(policy, done, metrics, loop.progress)
+        checkpoint(policy, done, metrics, loop.progress)
     export_policy(policy.parameters(), spec.dtype, spec.policy_path, Path(loop.export_path))
     return done
-
-
-def engine_versions() -> dict[str, str]:
-    """Versions of the engines as imported in this process."""
-    import deepspeed
-
-    return {"deepspeed": deepspeed.__version__, "torch": torch.__version__, "ray": ray.__version__}
 
 
 def _reference(spec: LearnerSpec, device: torch.device) -> ShardedPolicy | None:
     if spec.reference_path is None:
         return None
     return ShardedPolicy(spec.reference_path, spec, device, trainable=False)
-
-
-def _checkpoint(policy: ShardedPolicy, step: int, metrics: dict[str, float], progress: ProgressSink) -> int:
-    save_checkpoint(policy, step, metrics)
-    if dist.get_rank() == 0:
-        progress.checkpointed(step)
-    return step

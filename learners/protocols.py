@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from learners.spec import LearnerSpec
 from vlcot.groups import ScoredGroup
 from vlcot.weights import WeightSink
@@ -62,4 +64,55 @@ class LoopConfig:
     source: BatchSource
     sink: WeightSink
     progress: ProgressSink
+    export_path: str
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A question and its answer.
+
+    Attributes:
+        prompt: int32 [P] ids, without loss.
+        answer: int32 [A] ids of the VLCoT with the turn end.
+    """
+
+    prompt: np.ndarray
+    answer: np.ndarray
+
+
+class ExampleSource(Protocol):
+    """Where supervised examples come from. Every rank asks for itself and gets the same."""
+
+    def examples(self, step: int) -> list[Example]:
+        """The batch of ``step`` (1, 2, ...): the same whenever it is asked for."""
+
+    def held_out(self) -> list[Example]:
+        """Examples that no step has."""
+
+
+class SupervisedLine(ProgressSink, Protocol):
+    """Whom the ranks of a cold start tell how far they are, and ask whether it is to end early."""
+
+    def goes_on(self, step: int) -> bool:
+        """Whether ``step`` is to be made: the same answer for every rank."""
+
+
+@dataclass(frozen=True)
+class SupervisedConfig:
+    """Arguments of :func:`learners.supervised_loop.supervised_loop`.
+
+    Attributes:
+        spec: of the group; ``groups_per_step`` examples a step, no reference.
+        dropout: of what attention and MLP add to the residual stream.
+        z_loss: coefficient of the squared log-sum-exp.
+        evaluate_every: steps between held-out losses; the last step always has one.
+        export_path: where the trained policy goes.
+    """
+
+    spec: LearnerSpec
+    source: ExampleSource
+    line: SupervisedLine
+    dropout: float
+    z_loss: float
+    evaluate_every: int
     export_path: str

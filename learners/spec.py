@@ -29,7 +29,8 @@ class LearnerSpec:
         betas: of AdamW.
         weight_decay: of matrices and embeddings; norms and biases have none.
         warmup_steps: steps of linear warm-up.
-        schedule: ``constant`` or ``cosine`` (to 0 at ``steps``).
+        schedule: ``constant`` or ``cosine`` (to ``min_learning_rate`` at ``steps``).
+        min_learning_rate: where the cosine ends.
         max_grad_norm: global gradient norm is clipped to this.
         epochs_per_batch: optimiser updates on each batch.
         micro_batch_tokens: most tokens, padding included, of one forward pass, in which the samples of a group share
@@ -60,6 +61,7 @@ class LearnerSpec:
     weight_decay: float = 0.0
     warmup_steps: int = 0
     schedule: Schedule = "constant"
+    min_learning_rate: float = 0.0
     max_grad_norm: float = 1.0
     epochs_per_batch: int = 1
     micro_batch_tokens: int = 16384
@@ -86,6 +88,8 @@ class LearnerSpec:
         for name in ("temperature", "learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             self._require(name, value > 0 and math.isfinite(value), "a positive number")
+        highest = self.learning_rate
+        self._require("min_learning_rate", 0 <= self.min_learning_rate <= highest, f"in [0, learning_rate={highest}]")
         self._require("weight_decay", 0 <= self.weight_decay < 1, "in [0, 1)")
         self._require("betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two in [0, 1)")
         self._require("warmup_steps", self.warmup_steps <= self.steps, f"no more than steps ({self.steps})")
@@ -105,4 +109,5 @@ class LearnerSpec:
         if self.schedule == "constant":
             return self.learning_rate
         progress = (step - self.warmup_steps - 1) / max(1, self.steps - self.warmup_steps)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        height = 0.5 * (1 + math.cos(math.pi * progress))
+        return self.min_learning_rate + (self.learning_rate - self.min_learning_rate) * height

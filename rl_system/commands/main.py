@@ -13,6 +13,7 @@ COMMANDS = {
     "doctor": "does this machine hold this experiment: rl-system doctor experiment=toy [--gpus 8x80]",
     "evaluate": "the paper's metrics and table: rl-system evaluate --data RealSR=DIR --method NAME=DIR --output DIR",
     "prepare-data": "photographs into training data: rl-system prepare-data input=DIR output=DIR captions=FILE",
+    "cold-start": "supervised training on such data: rl-system cold-start recipe=toy data=DIR [KEY=VALUE ...]",
     "import-weights": "published weights into our format: rl-system import-weights KIND SOURCE OUTPUT",
     "k8s": "render or check the manifests: rl-system k8s check [OVERLAY] [--crds DIR]",
     "serve-rewards": "reward servers of their own: rl-system serve-rewards start experiment=toy | status | scale | set",

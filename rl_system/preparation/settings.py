@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
 from rl_system.config.compose import CONFIG_DIR, ConfigError
+from rl_system.config.recipes import load_recipe
 from rl_system.data.prepared import sha256_of
 from vlcot.degradation import SEESR_LIGHT, SEESR_TRAINING, DegradationConfig
 from vlcot.policy.family import Family, read_config
@@ -76,23 +75,7 @@ def load(overrides: Sequence[str]) -> PrepareConfig:
     Raises:
         ConfigError: unknown key, wrong type, a value or path that cannot be.
     """
-    known = [field.name for field in fields(PrepareConfig)]
-    given = {}
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if key not in known or not equals:
-            close = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean '{close[0]}'? " if close else ""
-            raise ConfigError(f"'{override}' is no KEY=VALUE of this command. {hint}Keys: {', '.join(known)}")
-        try:
-            given[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{key}: the value is no YAML: {' '.join(str(error).split())}") from None
-    try:
-        base = OmegaConf.merge(OmegaConf.structured(PrepareConfig), OmegaConf.load(CONFIG_DIR / "prepare.yaml"))
-        config = cast(PrepareConfig, OmegaConf.to_object(OmegaConf.merge(base, given)))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"bad configuration: {str(error).splitlines()[0]}") from None
+    config = load_recipe(PrepareConfig, CONFIG_DIR / "prepare.yaml", overrides)
     _check(config)
     for name in ("input", "output", "policy", "image_tokenizer"):
         setattr(config, name, str(Path(getattr(config, name)).resolve()))

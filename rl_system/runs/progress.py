@@ -80,8 +80,12 @@ class Progress:
         parts = []
         if self._rewards:
             parts.append(f"reward {sum(self._rewards) / len(self._rewards):.3f}")
-        if "throughput/sampled_tokens_per_s" in metrics:
-            parts.append(f"{metrics['throughput/sampled_tokens_per_s']:,.0f} tokens/s")
+        if "loss/total" in metrics:
+            parts.append(f"loss {metrics['loss/total']:.3f}")
+        for rate in ("throughput/sampled_tokens_per_s", "throughput/tokens_per_s"):
+            if rate in metrics:
+                parts.append(f"{metrics[rate]:,.0f} tokens/s")
+                break
         if "staleness/max" in metrics:
             parts.append(f"staleness {metrics['staleness/max']:.0f}")
         if counts:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +10,7 @@ import pytest
 import torch
 
 from learners.spec import LearnerSpec
+from tests.learners.ranks import run_ranks
 from tests.learners.synthetic import Oracle, PlainPolicy, assert_same_update, scored_groups, snapshot
 from tests.learners.zero3_gradient import Job
 from vlcot.grammar import Support
@@ -25,21 +21,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 BUDGETS = {"many": 150, "one": 100_000}
 """Micro-batches of a few chains of one prompt, and one per length of the prompts."""
 SPLITS = [(ranks, split) for ranks in (1, 2) for split in BUDGETS]
-
-
-def run_ranks(jobs: list[Job], ranks: int, directory: Path) -> None:
-    """Run ``jobs`` on ``ranks`` processes."""
-    path = directory / f"jobs-{ranks}.pkl"
-    path.write_bytes(pickle.dumps(jobs))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "tests.learners.zero3_gradient", str(path)]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(ranks)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=500)
-        assert process.returncode == 0, errors[-3000:]
 
 
 def off_policy(spec: LearnerSpec) -> LearnerSpec:
@@ -81,7 +62,7 @@ def runs(
             jobs["epochs"] = Job(off_policy(spec), mismatched(groups), directory / "epochs.pt")
             lean = replace(spec, activation_checkpointing=True, offload_reference=True)
             jobs["lean"] = Job(lean, groups, directory / "lean.pt")
-        run_ranks(list(jobs.values()), ranks, directory)
+        run_ranks("tests.learners.zero3_gradient", list(jobs.values()), ranks, directory)
         found |= {(ranks, split): torch.load(job.output) for split, job in jobs.items()}
     return found
 

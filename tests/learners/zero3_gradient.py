@@ -2,24 +2,21 @@
 
     python -m tests.learners.zero3_gradient JOBS.pkl RANK RANKS
 
-JOBS.pkl holds a list of :class:`Job`. Ranks meet through a file beside it.
+JOBS.pkl holds a list of :class:`Job`.
 """
 
 from __future__ import annotations
 
-import os
-import pickle
-import sys
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from learners.engine import ShardedPolicy, gathered, join_process_group
+from learners.engine import ShardedPolicy, gathered
 from learners.grpo_step import grpo_step
 from learners.spec import LearnerSpec
+from tests.learners.ranks import work
 from vlcot.groups import ScoredGroup
 
 
@@ -55,21 +52,5 @@ def run(job: Job) -> None:
         torch.save({"gradient": policy.gradient, "weights": weights, "metrics": metrics}, job.output)
 
 
-def main(jobs_path: str, rank: str, ranks: str) -> None:
-    """Run all jobs in one process group."""
-    os.environ |= {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank}
-    jobs = pickle.loads(Path(jobs_path).read_bytes())
-    meeting = f"file://{jobs_path}.meeting"
-    dist.init_process_group("gloo", meeting, timedelta(seconds=300), int(ranks), int(rank))
-    join_process_group(jobs[0].spec)
-    for job in jobs:
-        run(job)
-    dist.destroy_process_group()
-    sys.stderr.flush()
-    # Threads of gloo and autograd that ask for the interpreter while it ends abort the process, seldom but with all the
-    # work done (pytorch/pytorch#38228).
-    os._exit(0)
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    work(run)

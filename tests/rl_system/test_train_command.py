@@ -17,8 +17,8 @@ import ray
 from PIL import Image
 from ray._private.services import canonicalize_bootstrap_address
 
+from rl_system.commands.attempts import connect
 from rl_system.commands.main import main
-from rl_system.commands.train import _connect
 from rl_system.config.compose import load_config
 from tests.processes import alive
 
@@ -101,7 +101,7 @@ def test_a_local_run_starts_its_own_ray_even_where_a_cluster_can_be_found(monkey
     asked = {}
     monkeypatch.setattr(ray, "init", lambda **options: asked.update(options))
     monkeypatch.setattr(os, "environ", os.environ | {"RAY_ADDRESS": "127.0.0.1:6379"})
-    _connect(load_config(["experiment=toy"]))
+    connect(load_config(["experiment=toy"]).cluster, start_timeout_s=600)
     assert canonicalize_bootstrap_address(asked["address"]) is None  # Ray's own reading of it
 
 

@@ -56,7 +56,19 @@ def support_logprobs(
     supports: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
-    """log softmax(hidden @ weight[allowed].T / temperature) at ``ids``.
+    """log softmax(hidden @ weight[allowed].T / temperature) at ``ids``: the first of :func:`support_scores`."""
+    return support_scores(hidden, weight, table, ids, supports, temperature)[0]
+
+
+def support_scores(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    table: SupportTable,
+    ids: torch.Tensor,
+    supports: torch.Tensor,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of ``ids`` under softmax(hidden @ weight[allowed].T / temperature), and its log-sum-exp.
 
     Args:
         hidden: [T, d], any float dtype.
@@ -66,7 +78,7 @@ def support_logprobs(
         temperature: positive.
 
     Returns:
-        float32 [T], 0 at FORCED positions. Not differentiable twice.
+        Two float32 [T], 0 at FORCED positions. Not differentiable twice.
 
     Raises:
         ValueError: an id is outside its support, or the temperature is not positive.
@@ -86,10 +98,13 @@ def support_logprobs(
 
 
 class _SupportLogprobs(torch.autograd.Function):
-    """d log p(target) / d logit = ([id is target] - p(id)) / temperature; p comes from the kept log-sum-exp."""
+    """d log p(target) / d logit = ([id is target] - p(id)) / temperature; p comes from the kept log-sum-exp, whose
+    own derivative is p(id) / temperature."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, parts: list, temperature: float) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, parts: list, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         logprobs = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
         logsumexp = torch.zeros_like(logprobs)
         for slices, chunk, targets in _chunks(parts):
@@ -98,19 +113,19 @@ class _SupportLogprobs(torch.autograd.Function):
             logprobs[chunk] = logits.gather(1, targets[:, None]).squeeze(1) - logsumexp[chunk]
         ctx.save_for_backward(hidden, weight, logsumexp)
         ctx.parts, ctx.temperature = parts, temperature
-        return logprobs
+        return logprobs, logsumexp
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         hidden, weight, logsumexp = ctx.saved_tensors
-        scale = upstream[0] / ctx.temperature
+        scale, of_sum = (gradient / ctx.temperature for gradient in upstream)
         hidden_gradient = torch.zeros_like(hidden)
         # float32 whatever the weight's dtype: chunk upon chunk is added to it.
         weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for slices, chunk, targets in _chunks(ctx.parts):
             rows = hidden[chunk]
             gradient = _logits(rows, weight, slices, ctx.temperature).sub_(logsumexp[chunk, None]).exp_()
-            gradient.mul_(-scale[chunk, None]).scatter_add_(1, targets[:, None], scale[chunk, None])
+            gradient.mul_((of_sum - scale)[chunk, None]).scatter_add_(1, targets[:, None], scale[chunk, None])
             gradient = gradient.to(hidden.dtype)
             for ids, columns in _columns(slices):
                 hidden_gradient[chunk] += gradient[:, columns] @ weight[ids]

@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama as llama
 
 from vlcot.policy.attention import SharedPrompts, shared_prompt_attention
 from vlcot.policy.config import VlcotConfig
-from vlcot.policy.logprobs import SupportTable, support_logprobs
+from vlcot.policy.logprobs import SupportTable, support_scores
 
 QK_NORM_EPS = 1e-5
 
@@ -82,11 +82,11 @@ class SupportHead(nn.Linear):
         ids: torch.Tensor | None = None,
         supports: torch.Tensor | None = None,
         temperature: float = 1.0,
-    ) -> torch.Tensor:
-        """Logits [..., vocabulary]; with a table, float32 log-probs [T] (see :func:`support_logprobs`)."""
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Logits [..., vocabulary]; with a table, what :func:`support_scores` gives."""
         if table is None or ids is None or supports is None:
             return super().forward(hidden)
-        return support_logprobs(hidden, self.weight, table, ids, supports, temperature)
+        return support_scores(hidden, self.weight, table, ids, supports, temperature)
 
 
 class VlcotForCausalLM(LlamaForCausalLM):
@@ -121,7 +121,7 @@ class VlcotForCausalLM(LlamaForCausalLM):
             float32 [B, L]; position 0 is 0.
         """
         hidden = self.model(input_ids=input_ids[:, :-1], attention_mask=attention_mask).last_hidden_state
-        flat = self.lm_head(
+        flat, _ = self.lm_head(
             hidden.reshape(-1, hidden.shape[-1]),
             table,
             input_ids[:, 1:].reshape(-1),
@@ -139,7 +139,19 @@ class VlcotForCausalLM(LlamaForCausalLM):
         table: SupportTable,
         temperature: float = 1.0,
     ) -> torch.Tensor:
-        """:meth:`token_logprobs` of chains, each prompt computed once for all of its chains.
+        """:meth:`token_logprobs` of chains, each prompt computed once for all of its chains; float32 [B, S]."""
+        return self.chain_scores(prompt_ids, chain_ids, supports, counts, table, temperature)[0]
+
+    def chain_scores(
+        self,
+        prompt_ids: torch.Tensor,
+        chain_ids: torch.Tensor,
+        supports: torch.Tensor,
+        counts: tuple[int, ...],
+        table: SupportTable,
+        temperature: float = 1.0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs of chains, and the log-sum-exp of the logits at each of their positions.
 
         Args:
             prompt_ids: int64 [N, P].
@@ -150,7 +162,7 @@ class VlcotForCausalLM(LlamaForCausalLM):
             temperature: of the sampling distribution.
 
         Returns:
-            float32 [B, S].
+            Two float32 [B, S], 0 at FORCED positions.
         """
         (prompts, length), (chains, width) = prompt_ids.shape, chain_ids.shape
         batch = SharedPrompts(counts, length, width)
@@ -165,8 +177,10 @@ class VlcotForCausalLM(LlamaForCausalLM):
         last = of_prompts.view(prompts, length, -1)[:, -1]
         first = torch.cat([row.expand(count, -1) for row, count in zip(last.split(1), counts, strict=True)])
         before = torch.cat([first[:, None], of_chains.view(chains, width, -1)[:, :-1]], 1)
-        flat = self.lm_head(before.flatten(0, 1), table, chain_ids.flatten(), supports.flatten(), temperature)
-        return flat.view(chains, width)
+        logprobs, logsumexp = self.lm_head(
+            before.flatten(0, 1), table, chain_ids.flatten(), supports.flatten(), temperature
+        )
+        return logprobs.view(chains, width), logsumexp.view(chains, width)
 
 
 AutoModelForCausalLM.register(VlcotConfig, VlcotForCausalLM, exist_ok=True)
