@@ -72,15 +72,15 @@ def split(data: PreparedData) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(~out), np.flatnonzero(out)
 
 
-def held_out_prompts(path: str, size: int, count: int, seed: int) -> list[Prompt]:
-    """Questions of the first ``count`` held-out rows, each with its truth."""
+def held_out_prompts(path: str, size: int, count: int, seed: int) -> list[tuple[Prompt, np.ndarray]]:
+    """Questions of the first ``count`` held-out rows, each with its target: uint8 [size, size, 3] RGB."""
     data, rows = PreparedData(path), PreparedRows(path, size, with_objects=False)
     prompts = []
     for index, place in enumerate(split(data)[1][:count]):
         row = rows.row(index, "heldout")
         sampled = int(np.random.default_rng([seed, 3, index]).integers(2**31))
         ids = data.example(int(place)).prompt_ids
-        prompts.append(Prompt(f"heldout/{row.row_id}", row.row_id, sampled, ids, row.lr, row.degradation, row.hq))
+        prompts.append((Prompt(f"heldout/{row.row_id}", row.row_id, sampled, ids, row.lr, row.degradation), row.hq))
     return prompts
 
 

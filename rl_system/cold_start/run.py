@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def evaluate(config: ColdStartConfig, policy: Path, run: RunDirectory, progress:
     progress.stage("sampling held-out chains")
     evaluation = config.evaluation
     size = Family.from_pretrained(policy).layout.full_size
-    prompts = held_out_prompts(config.data, size, evaluation.prompts, config.seed)
+    prompts, targets = zip(*held_out_prompts(config.data, size, evaluation.prompts, config.seed), strict=True)
     resources = {"CPU": evaluation.num_cpus, "GPU": evaluation.num_gpus}
     pool = RolloutPool(sampling_spec(config, str(policy)), 1, resources, evaluation.start_timeout_s)
 
@@ -142,10 +143,10 @@ def evaluate(config: ColdStartConfig, policy: Path, run: RunDirectory, progress:
         groups = asyncio.run(sample())
     finally:
         pool.stop()
-    _show(run, groups)
+    _show(run, groups, targets)
     chains = [group.samples[0] for group in groups]
-    finals = [(c.images[-1], p.truth) for c, p in zip(chains, prompts, strict=True)]
-    psnr = [metrics.psnr(image, truth) for image, truth in finals if image is not None and truth is not None]
+    finals = [(chain.images[-1], target) for chain, target in zip(chains, targets, strict=True)]
+    psnr = [metrics.psnr(image, target) for image, target in finals if image is not None]
     right = [degradation_reward(c.chain, p.degradation).value for c, p in zip(chains, prompts, strict=True)]
     return {
         "prompts": len(prompts),
@@ -156,13 +157,12 @@ def evaluate(config: ColdStartConfig, policy: Path, run: RunDirectory, progress:
     }
 
 
-def _show(run: RunDirectory, groups: list[Group]) -> None:
+def _show(run: RunDirectory, groups: Sequence[Group], targets: Sequence[np.ndarray]) -> None:
     run.evaluation.mkdir(exist_ok=True)
     lines = []
-    for number, group in enumerate(groups[:SHOWN]):
+    for number, (group, target) in enumerate(zip(groups[:SHOWN], targets, strict=False)):
         write_png(run.evaluation / f"{number}-lr.png", group.prompt.lr_image)
-        if group.prompt.truth is not None:
-            write_png(run.evaluation / f"{number}-target.png", group.prompt.truth)
+        write_png(run.evaluation / f"{number}-target.png", target)
         write_chain_pictures(run.evaluation, str(number), group.samples[0].images)
         lines.append(f"{number}: {group.prompt.degradation}\n   {' | '.join(map(str, group.samples[0].chain.texts))}\n")
     (run.evaluation / "texts.txt").write_text("".join(lines), encoding="utf-8")

@@ -90,13 +90,13 @@ def test_an_epoch_has_every_training_example_once_and_no_held_out_one(prepared):
 
 
 @pytest.mark.unit
-def test_held_out_questions_have_their_own_truth(prepared):
+def test_held_out_questions_have_their_own_targets(prepared):
     data = PreparedData(prepared)
     rows = [data.row(int(row)) for row in split(data)[1]]
-    prompts = held_out_prompts(str(prepared), 64, 100, seed=0)
+    prompts, targets = zip(*held_out_prompts(str(prepared), 64, 100, seed=0), strict=True)
     assert [p.degradation for p in prompts] == [row["degradation"] for row in rows]
     assert [p.ids.tolist() for p in prompts] == [row["prompt_ids"] for row in rows]
-    assert all(p.truth.shape == (64, 64, 3) and p.lr_image.shape == (16, 16, 3) for p in prompts)
+    assert {t.shape for t in targets} == {(64, 64, 3)} and {p.lr_image.shape for p in prompts} == {(16, 16, 3)}
 
 
 @pytest.mark.unit
