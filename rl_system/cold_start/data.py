@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from learners.protocols import Example
 from rl_system.data.prepared import PreparedData
-from rl_system.data.rows import PreparedRows
+from rl_system.data.rows import PreparedRows, Split, prepared_splits
 from vlcot.groups import Prompt
 
 
@@ -39,47 +38,39 @@ class PreparedExamples:
         return PreparedData(self._path)
 
     @cached_property
-    def _splits(self) -> tuple[np.ndarray, np.ndarray]:
-        return split(self._data)
+    def _splits(self) -> dict[Split, list[int]]:
+        return prepared_splits(self._data)
 
     def examples(self, step: int) -> list[Example]:
         """The batch of ``step`` (1, 2, ...)."""
-        train, _ = self._splits
+        train = self._splits["train"]
         first = (step - 1) * self._batch_size
         rows = []
         for place in range(first, first + self._batch_size):
             epoch, index = divmod(place, len(train))
             rows.append(train[self._order(epoch)[index]])
-        return [self._example(int(row)) for row in rows]
+        return [self._example(row) for row in rows]
 
     def held_out(self) -> list[Example]:
         """The first held-out examples."""
-        return [self._example(int(row)) for row in self._splits[1][: self._held_out]]
+        return [self._example(row) for row in self._splits["heldout"][: self._held_out]]
 
     def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, epoch]).permutation(len(self._splits[0]))
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self._splits["train"]))
 
     def _example(self, row: int) -> Example:
         found = self._data.example(row)
         return Example(found.prompt_ids, found.answer_ids)
 
 
-def split(data: PreparedData) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train on and held out, by :func:`rl_system.data.rows.held_out`."""
-    from rl_system.data.rows import held_out
-
-    out = np.array([held_out(image) for image in data.column("image")])
-    return np.flatnonzero(~out), np.flatnonzero(out)
-
-
 def held_out_prompts(path: str, size: int, count: int, seed: int) -> list[tuple[Prompt, np.ndarray]]:
     """Questions of the first ``count`` held-out rows, each with its target: uint8 [size, size, 3] RGB."""
     data, rows = PreparedData(path), PreparedRows(path, size, with_objects=False)
     prompts = []
-    for index, place in enumerate(split(data)[1][:count]):
+    for index, place in enumerate(prepared_splits(data)["heldout"][:count]):
         row = rows.row(index, "heldout")
         sampled = int(np.random.default_rng([seed, 3, index]).integers(2**31))
-        ids = data.example(int(place)).prompt_ids
+        ids = data.example(place).prompt_ids
         prompts.append((Prompt(f"heldout/{row.row_id}", row.row_id, sampled, ids, row.lr, row.degradation), row.hq))
     return prompts
 
@@ -91,4 +82,4 @@ def check_layout(path: str, size: int) -> int:
         ValueError: no prepared folder, of another image size than ``size``, or without rows for a split.
     """
     PreparedRows(path, size, with_objects=False)
-    return len(split(PreparedData(Path(path)))[0])
+    return len(prepared_splits(PreparedData(path))["train"])

@@ -155,9 +155,7 @@ class PreparedRows:
             raise ValueError(f"data.path={path}: {error}") from None
         if with_objects and None in self._data.column("objects"):
             raise ValueError(f"data.path={path} was prepared without objects; reward.objects=file needs them")
-        self._splits: dict[str, list[int]] = {"train": [], "heldout": []}
-        for index, image in enumerate(self._data.column("image")):
-            self._splits["heldout" if held_out(image) else "train"].append(index)
+        self._splits = prepared_splits(self._data)
         for split, indices in self._splits.items():
             if not indices:
                 raise ValueError(f"data.path={path}: {len(self._data)} rows leave none for the {split} split")
@@ -172,6 +170,14 @@ class PreparedRows:
         objects = None if row["objects"] is None else tuple(row["objects"])
         name = f"{row['image']}#{row['draw']}.{index}"
         return Row(name, _pixels(row["target"]), _pixels(row["lr"]), row["degradation"], objects)
+
+
+def prepared_splits(data: PreparedData) -> dict[Split, list[int]]:
+    """Rows of each split of a prepared folder."""
+    splits: dict[Split, list[int]] = {"train": [], "heldout": []}
+    for index, image in enumerate(data.column("image")):
+        splits["heldout" if held_out(image) else "train"].append(index)
+    return splits
 
 
 def held_out(path: str) -> bool:

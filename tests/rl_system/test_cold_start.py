@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from rl_system.cold_start import settings
-from rl_system.cold_start.data import PreparedExamples, held_out_prompts, split
+from rl_system.cold_start.data import PreparedExamples, held_out_prompts
 from rl_system.commands.main import main
 from rl_system.data.prepared import PreparedData
+from rl_system.data.rows import prepared_splits
 from rl_system.preparation import pipeline
 from rl_system.preparation import settings as preparation
 from rl_system.preparation.shards import ShardWriter
@@ -75,12 +76,12 @@ def test_too_few_examples_for_a_step_are_refused(capsys, tmp_path, prepared):
 @pytest.mark.unit
 def test_an_epoch_has_every_training_example_once_and_no_held_out_one(prepared):
     data = PreparedData(prepared)
-    train, out = split(data)
+    train, out = prepared_splits(data).values()
     assert len(train) + len(out) == len(data) == 24 and len(out) > 0
     source = PreparedExamples(str(prepared), len(train), seed=1, held_out=5)
     source.held_out()
     source = pickle.loads(pickle.dumps(source))
-    answers = {data.example(int(row)).answer_ids.tobytes() for row in train}
+    answers = {data.example(row).answer_ids.tobytes() for row in train}
     epochs = [[e.answer.tobytes() for e in source.examples(step)] for step in (1, 2)]
     assert set(epochs[0]) == set(epochs[1]) == answers and epochs[0] != epochs[1]
     assert [e.answer.tobytes() for e in source.examples(2)] == epochs[1]
@@ -92,7 +93,7 @@ def test_an_epoch_has_every_training_example_once_and_no_held_out_one(prepared):
 @pytest.mark.unit
 def test_held_out_questions_have_their_own_targets(prepared):
     data = PreparedData(prepared)
-    rows = [data.row(int(row)) for row in split(data)[1]]
+    rows = [data.row(row) for row in prepared_splits(data)["heldout"]]
     prompts, targets = zip(*held_out_prompts(str(prepared), 64, 100, seed=0), strict=True)
     assert [p.degradation for p in prompts] == [row["degradation"] for row in rows]
     assert [p.ids.tolist() for p in prompts] == [row["prompt_ids"] for row in rows]
@@ -140,7 +141,7 @@ def test_a_run_is_stopped_goes_on_and_its_policy_is_one(tmp_path, prepared):
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == list(range(1, summary["steps"] + 1))
     assert metrics[-1]["loss/total"] < metrics[0]["loss/total"]
-    sampled = min(2, len(split(PreparedData(prepared))[1]))
+    sampled = min(2, len(prepared_splits(PreparedData(prepared))["heldout"]))
     assert np.isfinite(summary["heldout/loss/total"]) and summary["prompts"] == sampled
     assert {"loss/text", "loss/code"} <= metrics[0].keys()
     assert json.loads((run / "status.json").read_text())["state"] == "done"
