@@ -147,7 +147,20 @@ class AutoscalingConfig:
 
 
 @dataclass
-class GroundedSamServerConfig:
+class ReplicasConfig:
+    """What every reward server has: how many replicas, on what."""
+
+    replicas: int = 1
+    autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
+    num_cpus: float = 1
+    num_gpus: float = 0
+    threads: int = 1
+    labels: dict[str, str] = field(default_factory=dict)
+    """Ray labels of the nodes that may hold a replica, as ``{rl.io/pool: reward-sam}``; empty: any node."""
+
+
+@dataclass
+class GroundedSamServerConfig(ReplicasConfig):
     """The Grounded-SAM application."""
 
     detector: str = MISSING
@@ -163,17 +176,10 @@ class GroundedSamServerConfig:
     """Confidence of a main object at least."""
     max_objects: int = 3
     """Most main objects of an image."""
-    replicas: int = 1
-    autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
-    num_cpus: float = 1
-    num_gpus: float = 0
-    threads: int = 1
-    labels: dict[str, str] = field(default_factory=dict)
-    """Ray labels of the nodes that may hold a replica, as ``{rl.io/pool: reward-sam}``; empty: any node."""
 
 
 @dataclass
-class VisualExpertServerConfig:
+class VisualExpertServerConfig(ReplicasConfig):
     """The Qwen2.5-VL application."""
 
     model: str = MISSING
@@ -186,19 +192,12 @@ class VisualExpertServerConfig:
     """Further attempts when an answer cannot be read."""
     rationale: bool = False
     """Whether each score comes with its reason; costs tokens."""
-    replicas: int = 1
-    autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
-    num_cpus: float = 1
-    num_gpus: float = 0
-    threads: int = 1
-    labels: dict[str, str] = field(default_factory=dict)
-    """Ray labels of the nodes that may hold a replica, as ``{rl.io/pool: reward-vlm}``; empty: any node."""
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.9
 
 
 @dataclass
-class IqaServerConfig:
+class IqaServerConfig(ReplicasConfig):
     """The image-quality metrics application, for the experts ``perceptual`` and ``generative``."""
 
     metrics: list[str] = field(default_factory=list)
@@ -206,17 +205,10 @@ class IqaServerConfig:
     weights_dir: str | None = None
     """Folder with the metrics' weight files (docs/evaluate.md); torch's hub folder is searched too. Nothing is
     downloaded: a metric without its weights is refused."""
-    replicas: int = 1
-    autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
-    num_cpus: float = 1
-    num_gpus: float = 0
-    threads: int = 1
-    labels: dict[str, str] = field(default_factory=dict)
-    """Ray labels of the nodes that may hold a replica; empty: any node."""
 
 
 @dataclass
-class ExtraRewardConfig:
+class ExtraRewardConfig(ReplicasConfig):
     """A reward of your own, served beside the others (docs/reward-servers.md)."""
 
     target: str = MISSING
@@ -225,12 +217,6 @@ class ExtraRewardConfig:
     """In the total; 0 switches it off."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the class."""
-    replicas: int = 1
-    autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
-    num_cpus: float = 1
-    num_gpus: float = 0
-    threads: int = 1
-    labels: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
