@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import signal
 import socket
@@ -10,7 +11,9 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from reward_servers.client import RewardClient
 from reward_servers.grounded_sam import GroundedSam
@@ -19,8 +22,11 @@ from reward_servers.http_transport import HttpTransport
 from reward_servers.iqa import Iqa
 from rl_system import assembly
 from rl_system.config.compose import CONFIG_DIR, load_config
+from rl_system.data.prepared import PreparedData
 from rl_system.serve_config import ServeCluster
+from tests.rl_system.data.test_prepare_data import overrides, prepare
 from toy.detection_examples import scene_examples
+from toy.export_photographs import export
 from vlcot.groups import Failed
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
@@ -118,6 +124,19 @@ def test_scores_over_http_equal_a_direct_call_exactly(servers, images, config):
     requests = [images[0], images[1]]
     measured = ask(url, lambda client: client.measure(requests, images[2]))
     assert measured == Iqa(assembly.iqa_config(config)).measure([(requests, images[2])])[0]
+
+
+def test_prepare_data_has_its_objects_from_a_live_server(servers, tmp_path, monkeypatch):
+    """Over HTTP, of the target and not of the photograph."""
+    url, _, _ = servers
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+    export(tmp_path / "toy", 8, seed=0)
+    prepare(overrides(tmp_path / "toy", tmp_path / "data", objects="grounded_sam", url=url))
+    data = PreparedData(tmp_path / "data")
+    rows = [data.row(index) for index in range(len(data))]
+    targets = [np.asarray(Image.open(io.BytesIO(row["target"]))) for row in rows]
+    assert [tuple(row["objects"]) for row in rows] == [detected(url, target).main for target in targets]
+    assert len(rows) == 8 and any(row["objects"] for row in rows)
 
 
 def test_nobody_gets_in_without_the_token_and_bad_images_are_refused(servers, images):

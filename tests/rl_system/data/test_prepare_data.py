@@ -261,7 +261,7 @@ def test_histograms_of_the_card_count_every_value_once(prepared: Path) -> None:
 
 
 class Servers:
-    """Stands for the transport (tests/reward_servers/test_http_transport.py has the real one)."""
+    """Stands for live servers, which tests/rl_system/test_serve_rewards.py has."""
 
     def __init__(self, broken: bool) -> None:
         self.broken = broken
