@@ -37,7 +37,7 @@ run: setup
 	$(BIN)/rl-system train experiment=toy seed=$(SEED) overwrite=true
 
 test: test-unit
-	$(BIN)/python -m pytest -m "not unit"
+	$(BIN)/python -m pytest -m "not unit" --durations=40 --durations-min=2
 
 test-unit: setup
 	$(BIN)/python -m pytest -m unit -n 2
