@@ -60,6 +60,8 @@ def runs(cold, batches, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, d
             jobs["one"] = SupervisedJob(whole, batches[:1], batches[-1], 0.0, directory / "one.pt")
             for name, stop_at in (("whole", None), ("resumed", 2)):
                 jobs[name] = SupervisedJob(cold, batches[:-1], batches[-1], 0.2, directory / f"{name}.pt", stop_at)
+            lean = replace(cold, activation_checkpointing=True)
+            jobs["lean"] = SupervisedJob(lean, batches[:-1], batches[-1], 0.2, directory / "lean.pt")
         run_ranks("tests.learners.zero3_supervised", list(jobs.values()), ranks, directory)
         found |= {(ranks, name): torch.load(job.output) for name, job in jobs.items()}
     return found
@@ -117,6 +119,13 @@ def test_a_run_that_stops_and_goes_on_is_the_undisturbed_one_to_the_bit(runs) ->
     assert whole["held_out"] == resumed["held_out"]
     for name, tensor in whole["weights"].items():
         assert torch.equal(tensor, resumed["weights"][name]), name
+
+
+def test_checkpointed_activations_drop_the_same_values_when_they_are_made_again(runs) -> None:
+    """To the bit, with dropout: the published recipes have both."""
+    for kind in ("gradient", "weights"):
+        for name, tensor in runs[2, "whole"][kind].items():
+            torch.testing.assert_close(runs[2, "lean"][kind][name], tensor, rtol=0, atol=0, msg=name)
 
 
 def test_dropout_is_part_of_training(runs) -> None:
