@@ -20,7 +20,7 @@ class ChainExample:
         prompt: int32 [P], the question.
         answer: int32 [A], the VLCoT ending with the turn end.
         lr_codes: int64 [h, w] of the LR image at full size.
-        codes: int64 [h, w] of the coarse, middle and final target.
+        codes: int64 [h, w] of the target at each of the layout's sizes.
     """
 
     prompt: np.ndarray

@@ -41,19 +41,28 @@ _IMAGE_MARK = re.compile(f"{_OPEN}([0-9]+|x){_CLOSE}")
 
 @dataclass(frozen=True)
 class Layout:
-    """Image sizes of one family.
+    """Image sizes of one family, and the blocks of its chain.
 
     Attributes:
         full_size: side of the restored image in pixels (square; PURE: 512).
         downsample: pixels per code along a side (LlamaGen VQ-8: 8).
         grid_unit_pixels: pixels that one grid token unit stands for (PURE: 32).
+        blocks: tags of the chain's blocks, some of :data:`CHAIN_TAGS` in their order; the paper leaves some out in its
+            ablations. The images are the last 1, 2 or 3 of the steps.
     """
 
     full_size: int = 512
     downsample: int = 8
     grid_unit_pixels: int = 32
+    blocks: tuple[str, ...] = CHAIN_TAGS
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "blocks", tuple(self.blocks))  # a list in config.json
+        if self.blocks != tuple(tag for tag in CHAIN_TAGS if tag in self.blocks):
+            raise ValueError(f"layout: blocks must be some of {', '.join(CHAIN_TAGS)}, in this order: {self.blocks}")
+        images = [tag for tag in IMAGE_TAGS if tag in self.blocks]
+        if not images or tuple(images) != IMAGE_TAGS[-len(images) :]:
+            raise ValueError(f"layout: blocks need final_image, and middle_image with rough_image: {self.blocks}")
         if self.grid_unit_pixels % self.downsample or self.full_size % (4 * self.grid_unit_pixels):
             raise ValueError(
                 f"layout: full_size {self.full_size} must be a multiple of 4 x grid_unit_pixels "
@@ -61,9 +70,10 @@ class Layout:
             )
 
     @property
-    def image_sizes(self) -> tuple[int, int, int]:
-        """Sides of the coarse, middle and final image in pixels."""
-        return self.full_size // 4, self.full_size // 2, self.full_size
+    def image_sizes(self) -> tuple[int, ...]:
+        """Sides of the chain's images in pixels, from coarse to final."""
+        parts = {"rough_image": 4, "middle_image": 2, "final_image": 1}
+        return tuple(self.full_size // part for tag, part in parts.items() if tag in self.blocks)
 
     def grammar(self, vocabulary: Vocabulary) -> Grammar:
         """The grammar of the answer."""
@@ -107,6 +117,8 @@ class SequenceBuilder:
         self.vocabulary = vocabulary
         self.layout = layout
         self.grammar = layout.grammar(vocabulary)
+        self._text_tags = tuple(tag for tag in TEXT_TAGS if tag in layout.blocks)
+        self._image_tags = tuple(tag for tag in IMAGE_TAGS if tag in layout.blocks)
         self._encode = encode
         self._decode = decode
 
@@ -127,23 +139,24 @@ class SequenceBuilder:
         """int32 ids of a complete answer, turn end included.
 
         Args:
-            texts: degradation, coarse, middle, fine description.
-            codes: int codes [h, w] of the coarse, middle and final image.
+            texts: degradation, coarse, middle, fine description; one whose block the layout leaves out is not used.
+            codes: int codes [h, w] of the layout's images, from coarse to final.
 
         Raises:
             ValueError: a text is empty or holds a tag, or an image has not the grid of its step.
         """
-        text_of = dict(zip(TEXT_TAGS, texts, strict=True))
+        said = dict(zip(TEXT_TAGS, texts, strict=True))
+        text_of = {tag: said[tag] for tag in self._text_tags}
         for tag, text in text_of.items():
             if not text.strip() or _ANY_TAG.search(text):
                 raise ValueError(f"the text of <{tag}> must be non-empty and free of chain tags, got {text!r}")
         shapes = tuple(tuple(c.shape) for c in codes)
         if shapes != self.grammar.grids:
             raise ValueError(f"the chain's images must have {self.grammar.grids} codes, got {shapes}")
-        codes_of = dict(zip(IMAGE_TAGS, codes, strict=True))
+        codes_of = dict(zip(self._image_tags, codes, strict=True))
         ids: list[int] = []
         pending = ""
-        for tag in CHAIN_TAGS:
+        for tag in self.layout.blocks:
             pending += f"<{tag}>" + text_of.get(tag, "")
             if tag in codes_of:
                 ids += self._encode(pending)
@@ -155,17 +168,17 @@ class SequenceBuilder:
     def parse(self, ids: Sequence[int]) -> ParsedChain:
         """Read a chain. Total: any sequence of integers gives a :class:`ParsedChain`, nothing raises."""
         text, images, errors = self._flatten([int(i) for i in ids])
-        blocks = {tag: _single_block(text, tag) for tag in CHAIN_TAGS}
-        errors += _structure_errors(text)
-        texts = {t: _clean(blocks[t]) for t in TEXT_TAGS}
-        errors += [f"<{t}> is empty or holds an image" for t in TEXT_TAGS if blocks[t] is not None and not texts[t]]
+        blocks = {tag: _single_block(text, tag) for tag in self.layout.blocks}
+        errors += _structure_errors(text, self.layout.blocks)
+        texts = {t: _clean(blocks[t]) for t in self._text_tags}
+        errors += [f"<{t}> is empty or holds an image" for t in texts if blocks[t] is not None and not texts[t]]
         codes: list[np.ndarray | None] = []
-        for tag, grid in zip(IMAGE_TAGS, self.grammar.grids, strict=True):
+        for tag, grid in zip(self._image_tags, self.grammar.grids, strict=True):
             image = _single_image(blocks[tag], images)
             if blocks[tag] is not None and (image is None or image.shape != grid):
                 errors.append(f"<{tag}> does not hold exactly one complete image of {grid[0]}x{grid[1]} codes")
             codes.append(image if image is not None and image.shape == grid else None)
-        degradation, coarse, middle, fine = (texts[t] for t in TEXT_TAGS)
+        degradation, coarse, middle, fine = (texts.get(t) for t in TEXT_TAGS)
         return ParsedChain(degradation, coarse, middle, fine, tuple(codes), tuple(errors))
 
     def _flatten(self, ids: list[int]) -> tuple[str, list[np.ndarray], list[str]]:
@@ -237,8 +250,8 @@ class ParsedChain:
 
     Attributes:
         degradation, coarse, middle, fine: text of the block, None where it is absent, doubled, empty or
-            holds a tag or an image.
-        images: int64 codes [h, w] of the coarse, middle and final image, None where absent or wrong.
+            holds a tag or an image, and where the layout has no such block.
+        images: int64 codes [h, w] of the layout's images, from coarse to final, None where absent or wrong.
         errors: why the chain is not well-formed; empty when it is.
     """
 
@@ -251,7 +264,7 @@ class ParsedChain:
 
     @property
     def well_formed(self) -> bool:
-        """Each block once and in order, texts not empty, images complete and of the right grid."""
+        """Each block of the layout once and in order, texts not empty, images complete and of the right grid."""
         return not self.errors
 
     @property
@@ -268,13 +281,13 @@ def _single_block(text: str, tag: str) -> str | None:
     return text[start:stop] if start <= stop else None
 
 
-def _structure_errors(text: str) -> list[str]:
+def _structure_errors(text: str, tags: Sequence[str]) -> list[str]:
     """Every tag exactly once, in order, with only white space between the blocks (linear in the text)."""
-    wrong = [t for t in CHAIN_TAGS if _single_block(text, t) is None]
+    wrong = [t for t in tags if _single_block(text, t) is None]
     if wrong:
         return [f"<{t}> does not stand exactly once" for t in wrong]
     position = 0
-    for tag in CHAIN_TAGS:
+    for tag in tags:
         opened, closed = f"<{tag}>", f"</{tag}>"
         start = text.index(opened)
         if start < position:

@@ -253,6 +253,11 @@ def _check_checkpoints(config: TrainConfig) -> None:
     image_tokens = sum(len(block) + 1 for block in family.grammar.blocks)
     if config.rollout.max_new_tokens <= image_tokens:
         raise ValueError(
-            f"rollout.max_new_tokens={config.rollout.max_new_tokens} is too small: the three images alone take "
+            f"rollout.max_new_tokens={config.rollout.max_new_tokens} is too small: the images alone take "
             f"{image_tokens} tokens"
         )
+    for reward, block in {"degradation": "degradation", "understanding": "rough_understand"}.items():
+        if getattr(config.reward.weights, reward) > 0 and block not in family.layout.blocks:
+            raise ValueError(
+                f"reward.weights.{reward} must be 0: the policy of policy.path={config.policy.path} writes no <{block}>"
+            )

@@ -47,8 +47,8 @@ _COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("fine", pa.string(), "fine description"),
     ("objects", pa.list_(pa.string()), "names of the main objects; null where they were not asked for"),
     ("lr_codes", pa.list_(pa.int32()), "VQ codes of the LR image at full size, row by row"),
-    ("coarse_codes", pa.list_(pa.int32()), "VQ codes of the image at 1/4 of the side, row by row"),
-    ("middle_codes", pa.list_(pa.int32()), "VQ codes at 1/2 of the side"),
+    ("coarse_codes", pa.list_(pa.int32()), "VQ codes at 1/4 of the side, row by row; empty without such a block"),
+    ("middle_codes", pa.list_(pa.int32()), "VQ codes at 1/2 of the side; empty without such a block"),
     ("final_codes", pa.list_(pa.int32()), "VQ codes at the full side"),
 )
 SCHEMA = pa.schema([pa.field(name, kind, nullable=name == "objects") for name, kind, _ in _COLUMNS])

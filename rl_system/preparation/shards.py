@@ -137,7 +137,8 @@ class ShardWriter:
             self._config.instruction, [lr], [cut.target], [(words, *captions)], self._builder, self._images
         )
         coarse, middle, fine = captions
-        coarse_codes, middle_codes, final_codes = (codes.reshape(-1) for codes in example.codes)
+        *smaller, final_codes = (codes.reshape(-1) for codes in example.codes)
+        coarse_codes, middle_codes = ([], [], *smaller)[-2:]
         return facts | {
             "prompt_ids": example.prompt,
             "answer_ids": example.answer,

@@ -32,9 +32,9 @@ def read_png(path: Path) -> np.ndarray:
 
 
 def write_chain_pictures(folder: Path, prefix: str, images: Sequence[np.ndarray | None]) -> dict[str, str]:
-    """Write the images that exist as ``PREFIX_{coarse,middle,final}.png``; stage -> file name."""
+    """Write the images that exist as ``PREFIX_{coarse,middle,final}.png``; stage -> file name. The last is final."""
     names: dict[str, str] = {}
-    for stage, image in zip(STAGES, images, strict=True):
+    for stage, image in zip(STAGES[-len(images) :], images, strict=True):
         if image is not None:
             names[stage] = f"{prefix}_{stage}.png"
             write_png(folder / names[stage], image)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from rl_system.commands.attempts import connect
 from rl_system.commands.main import main
 from rl_system.config.compose import load_config
 from tests.processes import alive
+from vlcot.sequence import CHAIN_TAGS
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["learner.steps=2", "learner.groups_per_step=2", "learner.warmup_steps=0", "evaluation.prompts=3"]
@@ -53,7 +55,7 @@ def refused(capsys, tmp_path, *overrides: str) -> str:
         ("grpo.kl=k4", "grpo.kl=k4 is not known; allowed: k1, k2, k3"),
         ("reward.expert_weights.quality=0.9", "expert weights must be non-negative and sum to 1"),
         ("policy.path=/nowhere", "policy.path=/nowhere: no checkpoint there"),
-        ("rollout.max_new_tokens=50", "the three images alone take"),
+        ("rollout.max_new_tokens=50", "the images alone take"),
         ("learner.ranks=64", "the run needs 67 CPU"),
         ("rollout.num_gpus=8", "the run needs 8 GPU"),
         ("data=nothing", "Could not find 'data/nothing'"),
@@ -83,6 +85,17 @@ def test_a_wrong_setting_is_refused_with_one_clear_message(capsys, tmp_path, ove
 
 
 @pytest.mark.unit
+@pytest.mark.unit
+@pytest.mark.parametrize(("reward", "block"), [("degradation", "degradation"), ("understanding", "rough_understand")])
+def test_a_reward_on_a_block_that_the_policy_does_not_write_is_refused(capsys, tmp_path, reward, block):
+    policy = tmp_path / "policy"
+    shutil.copytree(ROOT / "toy/weights/policy", policy)
+    config = json.loads((policy / "config.json").read_text())
+    config["layout"]["blocks"] = [tag for tag in CHAIN_TAGS if tag != block]
+    (policy / "config.json").write_text(json.dumps(config))
+    assert f"reward.weights.{reward} must be 0: the policy" in refused(capsys, tmp_path, f"policy.path={policy}")
+
+
 def test_a_missing_folder_and_an_unreadable_image_are_refused_by_name(capsys, tmp_path):
     assert "no such folder" in refused(capsys, tmp_path, "data=folder", f"data.path={tmp_path}/none")
     folder = tmp_path / "photos"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -64,6 +66,37 @@ def test_an_impossible_layout_is_refused() -> None:
     for wrong in ({"full_size": 500}, {"grid_unit_pixels": 12}, {"full_size": 64}):
         with pytest.raises(ValueError, match="layout"):
             Layout(**wrong)
+
+
+ABLATED = {
+    "no degradation": tuple(t for t in CHAIN_TAGS if t != "degradation"),
+    "no understanding": ("degradation", *IMAGE_TAGS),
+    "two steps": CHAIN_TAGS[:1] + CHAIN_TAGS[3:],
+    "one step": ("degradation", "final_understand", "final_image"),
+}
+
+
+@pytest.mark.parametrize("blocks", ABLATED.values(), ids=ABLATED)
+def test_a_layout_without_some_blocks_has_its_own_chain_and_no_other(blocks) -> None:
+    layout = replace(LAYOUT, blocks=blocks)
+    builder = SequenceBuilder(VOCABULARY, layout, TEXT.encode, TEXT.decode)
+    kept = [codes for codes, tag in zip(CODES, IMAGE_TAGS, strict=True) if tag in blocks]
+    chain = builder.chain(TEXTS, kept).tolist()
+    assert chain == joined([SEGMENTS[t] for t in blocks]) and layout.image_sizes[-1] == layout.full_size
+    parsed = builder.parse(chain)
+    assert parsed.well_formed and len(parsed.images) == len(kept) == len(builder.grammar.grids)
+    assert parsed.texts == tuple(x if t in blocks else None for x, t in zip(TEXTS, TEXT_TAGS, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(parsed.images, kept, strict=True))
+    assert not builder.parse(CHAIN).well_formed and not BUILDER.parse(chain).well_formed
+    assert len(builder.grammar.supports(chain)) == len(chain)
+
+
+@pytest.mark.parametrize(
+    "blocks", [(), ("rough_image", "final_image"), ("middle_image",), CHAIN_TAGS[::-1], (*CHAIN_TAGS, "mood")]
+)
+def test_blocks_that_are_no_chain_are_refused(blocks) -> None:
+    with pytest.raises(ValueError, match="layout: blocks"):
+        replace(LAYOUT, blocks=blocks)
 
 
 def test_height_comes_before_width() -> None:

@@ -94,7 +94,7 @@ def test_weights_of_another_model(capsys):
 def test_what_train_would_refuse_once_the_weights_are_there(capsys):
     code, text = doctor(capsys, "experiment=toy", "rollout.max_new_tokens=100", "--memory", "64")
     assert code == 1
-    assert "rollout.max_new_tokens=100 is too small: the three images alone take 110 tokens" in text
+    assert "rollout.max_new_tokens=100 is too small: the images alone take 110 tokens" in text
 
 
 def test_a_disk_that_is_too_small(capsys, monkeypatch):
