@@ -38,9 +38,7 @@ class EntropyTopK:
     def __post_init__(self) -> None:
         whole = all(isinstance(k, int) and not isinstance(k, bool) for k in (self.smallest, self.largest))
         if not whole or not 1 <= self.smallest <= self.largest:
-            raise ValueError(
-                f"top-k from {self.smallest!r} to {self.largest!r}: two whole numbers, 1 or more, are wanted"
-            )
+            raise ValueError(f"top-k must be whole and from 1 up, got {self.smallest!r} to {self.largest!r}")
         if not abs(self.midpoint) < float("inf") or not 0 <= self.max_entropy < float("inf"):
             raise ValueError(f"top-k with midpoint {self.midpoint} and max_entropy {self.max_entropy} has no meaning")
 

@@ -45,20 +45,18 @@ def logprobs(model, family, prompt, ids, decoding: Decoding) -> np.ndarray:
     """float64 [len(ids)]: log-prob of each id after those before it; -inf where the id may not come."""
     ids = [int(i) for i in ids]
     conditional = logits_of(model, [*prompt.ids, *ids])[len(prompt.ids) - 1 :]
-    state = ChainState(family.grammar)
-    start, found = -1, []
+    unconditional, state, found = {}, ChainState(family.grammar), []
     for position, token in enumerate(ids):
         kind, _ = state.next()
         if kind is Support.FORCED:
             found.append(0.0)
         else:
-            unconditional = None
-            if kind is Support.CODE and decoding.guidance != 1:
-                unconditional = logits_of(model, ids[start:position])[-1]
-            p = distribution(conditional[position], unconditional, family.grammar.support_ids(kind), kind, decoding)
+            allowed = family.grammar.support_ids(kind)
+            p = distribution(conditional[position], unconditional.get(position), allowed, kind, decoding)
             with np.errstate(divide="ignore"):
                 found.append(np.log(p[token]))
-        if token == family.vocabulary.image_start:
-            start = position
+        if token == family.vocabulary.image_start and decoding.guidance != 1:
+            rest = ids[position : position + len(family.grammar.blocks[state.images]) + 1]
+            unconditional = dict(enumerate(logits_of(model, rest), position + 1))
         state.advance(token)
     return np.array(found)
