@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import torch
+from scipy import stats
 
 from actors.decoding import Decoding
 from vlcot.grammar import ChainState, Support
@@ -60,3 +61,15 @@ def logprobs(model, family, prompt, ids, decoding: Decoding) -> np.ndarray:
             unconditional = dict(enumerate(logits_of(model, rest), position + 1))
         state.advance(token)
     return np.array(found)
+
+
+def p_value(drawn: list[int], probabilities: np.ndarray) -> float:
+    """Chi-square of ids drawn under ``probabilities``, rare ids in one bin; 0 if an impossible id was drawn."""
+    counts = np.bincount(drawn, minlength=len(probabilities))
+    if counts[probabilities == 0].any():
+        return 0.0
+    common = probabilities * len(drawn) >= 5
+    observed = np.array([*counts[common], counts[~common].sum()])
+    expected = np.array([*probabilities[common], probabilities[~common].sum()]) * len(drawn)
+    used = expected > 0
+    return float(stats.chisquare(observed[used], expected[used]).pvalue)

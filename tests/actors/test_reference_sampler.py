@@ -6,7 +6,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from actors.decoding import PURE, Decoding, EntropyTopK
 from actors.reference_sampler import ReferenceSampler
@@ -84,23 +83,11 @@ def test_guided_codes_are_distributed_as_they_should_be(checkpoints, sampler_of,
     allowed = family.grammar.support_ids(Support.CODE)
 
     def p_value(c, u):
-        return chi_square(drawn, plain_decoding.distribution(c, u, allowed, Support.CODE, decoding))
+        return plain_decoding.p_value(drawn, plain_decoding.distribution(c, u, allowed, Support.CODE, decoding))
 
     assert p_value(conditional, unconditional) > 1e-3
     if decoding.guidance == 8.0:
         assert p_value(conditional, None) < 1e-6  # the test would see samples without guidance
-
-
-def chi_square(drawn, probabilities):
-    """p-value of ids drawn under ``probabilities``, rare ids in one bin; 0 if an impossible id was drawn."""
-    counts = np.bincount(drawn, minlength=len(probabilities))
-    if counts[probabilities == 0].any():
-        return 0.0
-    common = probabilities * len(drawn) >= 5
-    observed = np.array([*counts[common], counts[~common].sum()])
-    expected = np.array([*probabilities[common], probabilities[~common].sum()]) * len(drawn)
-    used = expected > 0
-    return stats.chisquare(observed[used], expected[used]).pvalue
 
 
 def test_what_does_not_fit_is_refused(checkpoints, sampler_of):
