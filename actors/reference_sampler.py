@@ -101,7 +101,7 @@ class ReferenceSampler:
             Group(prompt, samples[i * size : (i + 1) * size], seconds, "reference") for i, prompt in enumerate(prompts)
         ]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _write(self, rows: list[Row], prompts: Sequence[np.ndarray]) -> None:
         grammar, most = self._builder.grammar, self._max_new_tokens
         batch = PairedRows(self._model, grammar, rows, prompts, self._group_size, most)
