@@ -55,6 +55,7 @@ bench: bench-rewards bench-trl
 	$(BIN)/python -m benchmarks.logprob_head
 	$(BIN)/python -m benchmarks.shared_prompt
 	$(BIN)/python -m benchmarks.generation
+	$(BIN)/python -m benchmarks.guidance
 	$(BIN)/python -m benchmarks.async_speedup
 	$(BIN)/python -m benchmarks.degradation
 	$(BIN)/python -m benchmarks.memory_plan

@@ -1,25 +1,32 @@
-"""The same sampling distribution with transformers alone: for tests, and for machines without vLLM."""
+"""The sampler on transformers alone: for guidance, for machines without vLLM, and to test vLLM against.
+
+All chains of a call are one batch. A guided chain that is inside an image has a second row, its twin, which has read
+the ids of that image and nothing before them; both rows get the same new id in the same forward pass. So the two can
+never be apart, which vLLM's scheduler does not promise (docs/decoding.md).
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
+import numpy as np
 import torch
-from transformers import DynamicCache
 
+from actors.decoding import Decoding
+from actors.paired_rows import Choice, PairedRows, Row
 from actors.samples import ImageDecoder, RawSample, build_samples, request_seed
-from actors.support_masks import SupportMasks
-from vlcot.grammar import ChainState
 from vlcot.groups import Group, Prompt, VersionSpan
 from vlcot.policy.family import Family
 from vlcot.policy.model import VlcotForCausalLM
 
 
 class ReferenceSampler:
-    """Samples groups with a key/value cache, the G chains of a prompt in one batch.
+    """Samples groups with a key/value cache.
 
     Distribution, grammar and results are those of :class:`actors.rollout_actor.RolloutActor`; the random
-    numbers are not, so equal seeds give other samples.
+    numbers are not, so equal seeds give other samples. A sample depends on its prompt, its seed and the weights; what
+    else is in the batch changes its logits by rounding only.
 
     Args:
         model: the policy; its dtype and device are used as they are.
@@ -42,49 +49,68 @@ class ReferenceSampler:
         seed: int = 0,
         version: int = 0,
     ) -> None:
-        if temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
         self._model = model.eval()
         self._builder = family.builder
         self._decoder = decoder
         self._group_size = group_size
-        self._temperature = temperature
+        self._decoding = Decoding(temperature=temperature)
         self._max_new_tokens = max_new_tokens
         self._seed = seed
         self._version = version
-        self._masks = SupportMasks(self._builder.grammar, model.device)
+        self._choice = Choice(model, self._builder.grammar)
 
-    def generate(self, prompt: Prompt) -> Group:
-        """Sample the G chains of ``prompt``; reproducible from prompt, seed and weights."""
+    def generate(self, prompt: Prompt, decoding: Decoding | None = None) -> Group:
+        """Sample the G chains of ``prompt``, by default at the sampler's temperature and no more."""
+        return self.generate_batch([prompt], [decoding])[0]
+
+    def generate_batch(self, prompts: Sequence[Prompt], decodings: Sequence[Decoding | None]) -> list[Group]:
+        """Sample the G chains of each prompt, all in one batch; guided and plain ones may be mixed.
+
+        Memory for the longest chain that each prompt may have is taken at the start, for a guided chain also for the
+        ids of the largest image.
+
+        Args:
+            decodings: one for each prompt; None is the sampler's temperature and no more.
+
+        Returns:
+            A group for each prompt; ``generation_s`` is the time of the whole batch.
+
+        Raises:
+            ValueError: a prompt leaves no room for ``max_new_tokens``, or there are more or fewer decodings.
+        """
         started = time.perf_counter()
-        samples = build_samples(self._builder, self._decoder, self._sample(prompt))
-        return Group(prompt, samples, time.perf_counter() - started, "reference")
+        positions = self._model.config.max_position_embeddings
+        for prompt in prompts:
+            if len(prompt.ids) + self._max_new_tokens > positions:
+                raise ValueError(
+                    f"prompt {prompt.row_id} of {len(prompt.ids)} ids and {self._max_new_tokens} new ones are more "
+                    f"than the policy's {positions} positions"
+                )
+        rows = [
+            Row(self._builder.grammar, decoding or self._decoding, seed + index, self._max_new_tokens)
+            for prompt, decoding in zip(prompts, decodings, strict=True)
+            for seed in [request_seed(self._seed, prompt.seed)]
+            for index in range(self._group_size)
+        ]
+        if rows:
+            self._write(rows, [prompt.ids for prompt in prompts])
+        seconds = time.perf_counter() - started
+        samples = build_samples(self._builder, self._decoder, [self._raw(row) for row in rows])
+        size = self._group_size
+        return [
+            Group(prompt, samples[i * size : (i + 1) * size], seconds, "reference") for i, prompt in enumerate(prompts)
+        ]
 
-    @torch.no_grad()
-    def _sample(self, prompt: Prompt) -> list[RawSample]:
-        device = self._model.device
-        generator = torch.Generator(device).manual_seed(request_seed(self._seed, prompt.seed))
-        states = [ChainState(self._builder.grammar) for _ in range(self._group_size)]
-        ids: list[list[int]] = [[] for _ in states]
-        logprobs: list[list[float]] = [[] for _ in states]
-        cache = DynamicCache()
-        following = torch.from_numpy(prompt.ids).long().to(device).expand(self._group_size, -1)
-        for _ in range(self._max_new_tokens):
-            hidden = self._model.model(input_ids=following, past_key_values=cache).last_hidden_state[:, -1]
-            logits = self._masks.apply(self._model.lm_head(hidden).float(), states) / self._temperature
-            log_p = logits.log_softmax(-1)
-            chosen = torch.multinomial(log_p.exp(), 1, generator=generator)
-            values = log_p.gather(1, chosen).squeeze(1).tolist()
-            for row, (state, token) in enumerate(zip(states, chosen.squeeze(1).tolist(), strict=True)):
-                if not state.finished:
-                    ids[row].append(token)
-                    logprobs[row].append(values[row])
-                    state.advance(token)
-            if all(state.finished for state in states):
+    @torch.inference_mode()
+    def _write(self, rows: list[Row], prompts: Sequence[np.ndarray]) -> None:
+        grammar, most = self._builder.grammar, self._max_new_tokens
+        batch = PairedRows(self._model, grammar, rows, prompts, self._group_size, most)
+        for written in range(1, most + 1):
+            self._choice.make(batch.live, batch.hidden)
+            if written == most or all(row.state.finished for row in batch.live):
                 break
-            following = chosen
-        return [self._raw(*written) for written in zip(states, ids, logprobs, strict=True)]
+            batch.read()
 
-    def _raw(self, state: ChainState, ids: list[int], logprobs: list[float]) -> RawSample:
-        span = VersionSpan(self._version, 0, len(ids))
-        return RawSample(ids, logprobs, (span,), "stop" if state.finished else "length")
+    def _raw(self, row: Row) -> RawSample:
+        span = VersionSpan(self._version, 0, len(row.ids))
+        return RawSample(row.ids, row.logprobs, (span,), "stop" if row.state.finished else "length")

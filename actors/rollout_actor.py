@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from actors.decoding import Decoding
 from actors.errors import EngineLostError, PushLostError, StaleWeightsError
 from actors.push import IncomingPush, LoadReport, StoredPush
 from actors.samples import RawSample, build_samples, request_seed
@@ -126,19 +127,24 @@ class RolloutActor:
 
     # --- generation -------------------------------------------------------------------------------------
 
-    async def generate(self, prompt: Prompt, minimum_version: int = 0) -> Group:
+    async def generate(self, prompt: Prompt, minimum_version: int = 0, decoding: Decoding | None = None) -> Group:
         """Sample the G chains of ``prompt``: one vLLM request, reproducible from prompt, seed and weights.
 
         Args:
             minimum_version: weights older than this must not be used.
+            decoding: temperature and top-k of this request, for use; None for training, which is the spec's
+                temperature and all ids that the grammar allows.
 
         Raises:
             StaleWeightsError: the actor's weights are older than ``minimum_version``.
             EngineLostError: the engine is dead, or a push broke its weights.
-            ValueError: the prompt leaves no room for ``max_new_tokens``.
+            ValueError: the prompt leaves no room for ``max_new_tokens``, or ``decoding`` asks for guidance.
         """
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        decoding = decoding or Decoding(temperature=self._spec.temperature)
+        if decoding.is_guided:
+            raise ValueError("guidance needs pairs of rows in lock-step, which vLLM has not: use the reference sampler")
         if self._broken:
             raise EngineLostError(f"{self.name}: {self._broken}")
         await self._prepare()
@@ -153,7 +159,7 @@ class RolloutActor:
         started = time.perf_counter()
         with self._clock:
             try:
-                output = await self._run(prompt)
+                output = await self._run(prompt, decoding)
             except EngineDeadError as error:
                 raise self._lost("the vLLM engine died") from error
         raw = [_raw_sample(completion) for completion in output.outputs]
@@ -163,14 +169,15 @@ class RolloutActor:
         self._totals["cached_prompt_tokens"] += output.num_cached_tokens or 0
         return Group(prompt, samples, time.perf_counter() - started, self.name)
 
-    async def _run(self, prompt: Prompt) -> Any:
+    async def _run(self, prompt: Prompt, decoding: Decoding) -> Any:
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
             n=self._spec.group_size,
-            temperature=self._spec.temperature,
+            temperature=decoding.temperature,
+            extra_args=decoding.extra_args(),
             max_tokens=self._spec.max_new_tokens,
             seed=request_seed(self._spec.seed, prompt.seed),
             stop_token_ids=[self._family.vocabulary.turn_end],

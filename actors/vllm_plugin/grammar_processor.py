@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
+from actors.decoding import Decoding, EntropyTopK, truncate
 from actors.support_masks import SupportMasks
 from vlcot.grammar import ChainState, Grammar
 from vlcot.policy.family import Family
@@ -17,12 +18,16 @@ if TYPE_CHECKING:
 
 
 class Chain:
-    """The chain of one request: vLLM's live list of its output ids, and how far the grammar has read it."""
+    """The chain of one request: vLLM's live list of its output ids, and how far the grammar has read it.
 
-    __slots__ = ("_grammar", "_state", "_taken", "_tokens")
+    ``decoding`` holds its top-k, None where all ids of a support stay.
+    """
 
-    def __init__(self, grammar: Grammar, tokens: list[int]) -> None:
+    __slots__ = ("_grammar", "_state", "_taken", "_tokens", "decoding")
+
+    def __init__(self, grammar: Grammar, tokens: list[int], decoding: Decoding | None = None) -> None:
         self._grammar = grammar
+        self.decoding = decoding
         self._tokens = tokens
         self._restart()
 
@@ -47,10 +52,11 @@ class Chain:
 
 
 class GrammarProcessor(LogitsProcessor):
-    """Masks every request to the ids that its chain's grammar allows next.
+    """Masks every request to the ids that its chain's grammar allows next, and cuts those that ask for it to a top-k.
 
     The family (vocabulary and layout) is read from the model directory. All requests of the engine are
-    chains; there is no way to switch the grammar off, since the learner always applies it too.
+    chains; there is no way to switch the grammar off, since the learner always applies it too. Top-k is a matter of
+    single requests (:meth:`actors.decoding.Decoding.extra_args`), and not of those that are trained on.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
@@ -60,12 +66,13 @@ class GrammarProcessor(LogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse what the learner's log-probs do not model: greedy decoding, truncation, penalties.
+        """Refuse what the learner's log-probs do not model: greedy decoding, vLLM's own truncation, penalties.
 
         Raises:
             ValueError: naming the parameter.
         """
         p = sampling_params
+        Decoding.from_extra_args(p.extra_args)
         wrong = {
             "temperature": p.temperature <= 0,
             "top_p": p.top_p != 1.0,
@@ -91,8 +98,8 @@ class GrammarProcessor(LogitsProcessor):
         chains = self._chains
         for index in batch_update.removed:
             chains.pop(index, None)
-        for index, _, _, output_ids in batch_update.added:
-            chains[index] = Chain(self._grammar, output_ids)
+        for index, params, _, output_ids in batch_update.added:
+            chains[index] = Chain(self._grammar, output_ids, Decoding.from_extra_args(params.extra_args))
         for source, target, direction in batch_update.moved:
             moved, displaced = chains.pop(source, None), chains.pop(target, None)
             if moved is not None:
@@ -102,4 +109,12 @@ class GrammarProcessor(LogitsProcessor):
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Mask ``logits`` [requests, vocabulary] in place."""
-        return self._masks.apply(logits, [self._chains[row].state() for row in range(logits.shape[0])])
+        chains = [self._chains[row] for row in range(logits.shape[0])]
+        masked = self._masks.apply(logits, [chain.state() for chain in chains])
+        rows_by_top_k: dict[EntropyTopK, list[int]] = {}
+        for row, chain in enumerate(chains):
+            if chain.decoding is not None and (top_k := chain.decoding.top_k(chain.state().next()[0])) is not None:
+                rows_by_top_k.setdefault(top_k, []).append(row)
+        for top_k, rows in rows_by_top_k.items():
+            masked[rows] = truncate(masked[rows], top_k)
+        return masked

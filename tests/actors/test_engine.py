@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from actors.decoding import Decoding, EntropyTopK
 from actors.reference_sampler import ReferenceSampler
 from actors.samples import RawSample
+from tests.actors import plain_decoding
 from tests.actors.conftest import INDEX, SPEC_SEED, learner_logprobs, lively_policy
 from vlcot.grammar import Support
 from vlcot.groups import VersionSpan
@@ -186,6 +188,92 @@ def first_id_p_value(engine, prompt, drawn):
     expected = np.array([*exact[common], exact[~common].sum()]) * len(drawn)
     assert sum(observed) == len(drawn)
     return stats.chisquare(observed, expected).pvalue
+
+
+CUT = EntropyTopK(smallest=2, largest=40, midpoint=3.0)  # cuts the 64 codes of this family at every entropy
+
+
+def plain_disparity(engine, group, decoding):
+    """Largest difference between the log-probs of a group and those of the plain reference."""
+    model, family = engine.model, engine.checkpoints.family
+    return max(
+        np.abs(plain_decoding.logprobs(model, family, group.prompt, sample.ids, decoding) - sample.logprobs).max()
+        for sample in group.samples
+    )
+
+
+def test_top_k_requests_and_plain_ones_share_a_batch(engine):
+    prompt, generate = engine.checkpoints.prompt, engine.actor.generate
+    plain, top_k = Decoding(0.9), [Decoding(0.9, image_top_k=CUT), Decoding(1.2, image_top_k=CUT, text_top_k=3)]
+    alone = engine.run(generate(prompt(seed=5)))
+
+    async def together():
+        cut = (generate(prompt(seed=5, group=f"top-k {d}"), decoding=d) for d in top_k)
+        return await asyncio.gather(generate(prompt(seed=5)), *cut)
+
+    groups = engine.run(together())
+    for left, right in zip(alone.samples, groups[0].samples, strict=True):
+        assert np.array_equal(left.ids, right.ids) and np.array_equal(left.logprobs, right.logprobs)
+    for group, decoding in zip(groups, [plain, *top_k], strict=True):
+        assert plain_disparity(engine, group, decoding) < 1e-4
+    assert plain_disparity(engine, groups[1], plain) > 0.1  # the test would see a missing top-k
+
+
+def test_top_k_requests_survive_preemption(engine):
+    """More chains than the cache holds: some are thrown out, read again and go on, cut as before."""
+    engine.set(group_size=32)
+    prompt, generate = engine.checkpoints.prompt, engine.actor.generate
+    decodings = [Decoding(0.9, image_top_k=CUT, text_top_k=5), Decoding(0.9)]
+
+    async def crowded():
+        requests = (generate(prompt(seed=i, group=f"g{i}"), decoding=d) for i, d in enumerate(decodings))
+        work = asyncio.gather(*requests)
+        return await preempted_requests(engine.actor, work), await work
+
+    preempted, groups = engine.run(crowded())
+    for index, (group, decoding) in enumerate(zip(groups, decodings, strict=True)):
+        assert any(f"g{index}-" in name for name in preempted), preempted
+        assert plain_disparity(engine, group, decoding) < 1e-4
+
+
+async def preempted_requests(actor, work):
+    """Names of the requests that stood still while another that had begun wrote eight ids."""
+    found, then = set(), {}  # name -> what all had written when its own count last changed
+    while not work.done():
+        states = actor._engine.output_processor.request_states
+        now = {name: state.detokenizer.num_output_tokens() for name, state in states.items()}
+        for name, count in now.items():
+            if then.setdefault(name, now)[name] != count:
+                then[name] = now
+            if count and any(now.get(other, 0) - before >= 8 for other, before in then[name].items() if before):
+                found.add(name)
+        await asyncio.sleep(0.005)
+    return found
+
+
+def test_top_k_has_one_distribution_in_both_samplers(engine):
+    """Greedy text leads to one prefix; chi-square of the first code, against the plain reference."""
+    checkpoints, decoding = engine.checkpoints, Decoding(1.1, image_top_k=CUT, text_top_k=1)
+    prompt, family = checkpoints.prompt(seed=14), checkpoints.family
+    engine.set(group_size=400, max_new_tokens=6)
+    decoder = ImageTokenizer.from_pretrained(checkpoints.vq)
+    settings = {"group_size": 400, "temperature": 0.9, "max_new_tokens": 6}
+    reference = ReferenceSampler(engine.model, family, decoder, **settings)
+    groups = engine.run(engine.actor.generate(prompt, decoding=decoding)), reference.generate(prompt, decoding)
+    samples = [sample for group in groups for sample in group.samples]
+    at = int(np.argmax(samples[0].supports == Support.CODE))
+    prefix, allowed = samples[0].ids[:at].tolist(), family.grammar.support_ids(Support.CODE)
+    logits = plain_decoding.logits_of(engine.model, [*prompt.ids, *prefix])[-1]
+    exact = plain_decoding.distribution(logits, None, allowed, Support.CODE, decoding)
+    assert at > 0 and 1 < (exact > 0).sum() < len(allowed)
+    for group in groups:
+        assert all(sample.ids[:at].tolist() == prefix for sample in group.samples)
+        assert plain_decoding.p_value([int(sample.ids[at]) for sample in group.samples], exact) > 1e-3
+
+
+def test_guidance_is_refused_where_it_cannot_be(engine):
+    with pytest.raises(ValueError, match="reference sampler"):
+        engine.run(engine.actor.generate(engine.checkpoints.prompt(seed=1), decoding=Decoding(guidance=0.8)))
 
 
 def test_pitfall_26_a_push_replaces_every_tensor(engine, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
+from actors.decoding import EXTRA_ARG, Decoding, EntropyTopK
 from actors.support_masks import SupportMasks
 from actors.vllm_plugin.grammar_processor import GrammarProcessor
 from tests.families import random_policy
@@ -85,6 +86,29 @@ def test_pitfall_18_every_row_is_masked_as_the_grammar_says(family_directory):
     assert len(seen) == len(Support)  # 1, codes, text with and without an image
 
 
+def test_top_k_cuts_the_requests_that_ask_for_it_and_no_others(family_directory):
+    """Text and image rows, cut and plain, one of them moved; plain rows keep their bits."""
+    family, directory = family_directory
+    processor, size = processor_of(directory), family.vocabulary.size
+    image = [family.vocabulary.image_start, *family.grammar.blocks[0][:2]]
+    decoding = Decoding(image_top_k=EntropyTopK(7, 7), text_top_k=3)
+    cut = SamplingParams(temperature=1.0, extra_args=decoding.extra_args())
+    plain = SamplingParams(temperature=1.0)
+    rows = [(0, cut, [1], []), (1, plain, [1], []), (2, cut, [1], image), (3, plain, [1], image), (4, cut, [1], image)]
+    processor.update_state(BatchUpdate(batch_size=5, removed=[], added=rows, moved=[]))
+    logits = torch.randn(5, size, generator=torch.Generator().manual_seed(0))
+    output = processor.apply(logits.clone())
+    assert output.isfinite().sum(1).tolist() == [3, len(family.grammar.support_ids(Support.TEXT)), 7, 64, 7]
+    masked = SupportMasks(family.grammar).apply(logits.clone(), [processor._chains[i].state() for i in range(5)])
+    for row in (1, 3):
+        assert torch.equal(output[row], masked[row])
+    for row, k in ((0, 3), (2, 7), (4, 7)):
+        assert torch.equal(output[row].sort().values[-k:], masked[row].sort().values[-k:])
+    moves = [(4, 1, MoveDirectionality.UNIDIRECTIONAL)]
+    processor.update_state(BatchUpdate(batch_size=4, removed=[1], added=[], moved=moves))
+    assert processor.apply(logits[:4].clone()).isfinite().sum(1).tolist() == [3, 7, 7, 64]
+
+
 def test_an_id_outside_the_support_does_not_derail_the_processor(family_directory):
     family, directory = family_directory
     processor, tokens = processor_of(directory), []
@@ -130,3 +154,5 @@ def test_pitfall_16_truncation_and_penalties_are_refused(name, value):
     with pytest.raises(ValueError, match=name):
         GrammarProcessor.validate_params(SamplingParams(**{"temperature": 1.0, name: value}))
     GrammarProcessor.validate_params(SamplingParams(temperature=0.9))
+    with pytest.raises(ValueError, match=EXTRA_ARG):
+        GrammarProcessor.validate_params(SamplingParams(temperature=1.0, extra_args={EXTRA_ARG: {"text_top_k": 0}}))

@@ -108,7 +108,7 @@ class _SupportLogprobs(torch.autograd.Function):
         logprobs = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
         logsumexp = torch.zeros_like(logprobs)
         for slices, chunk, targets in _chunks(parts):
-            logits = _logits(hidden[chunk], weight, slices, temperature)
+            logits = support_logits(hidden[chunk], weight, slices, temperature)
             logsumexp[chunk] = logits.logsumexp(1)
             logprobs[chunk] = logits.gather(1, targets[:, None]).squeeze(1) - logsumexp[chunk]
         ctx.save_for_backward(hidden, weight, logsumexp)
@@ -124,7 +124,7 @@ class _SupportLogprobs(torch.autograd.Function):
         weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for slices, chunk, targets in _chunks(ctx.parts):
             rows = hidden[chunk]
-            gradient = _logits(rows, weight, slices, ctx.temperature).sub_(logsumexp[chunk, None]).exp_()
+            gradient = support_logits(rows, weight, slices, ctx.temperature).sub_(logsumexp[chunk, None]).exp_()
             gradient.mul_((of_sum - scale)[chunk, None]).scatter_add_(1, targets[:, None], scale[chunk, None])
             gradient = gradient.to(hidden.dtype)
             for ids, columns in _columns(slices):
@@ -148,8 +148,8 @@ def _columns(slices: Slices) -> Iterator[tuple[slice, slice]]:
         start = end
 
 
-def _logits(hidden: torch.Tensor, weight: torch.Tensor, slices: Slices, temperature: float) -> torch.Tensor:
-    """float32 [tokens, allowed]."""
+def support_logits(hidden: torch.Tensor, weight: torch.Tensor, slices: Slices, temperature: float) -> torch.Tensor:
+    """hidden [tokens, d] @ weight[allowed].T / temperature, float32 [tokens, allowed], ids in ascending order."""
     width = sum(ids.stop - ids.start for ids in slices)
     logits = torch.empty(len(hidden), width, dtype=torch.float32, device=hidden.device)
     for ids, columns in _columns(slices):

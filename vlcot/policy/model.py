@@ -16,6 +16,7 @@ from transformers.models.llama import modeling_llama as llama
 from vlcot.policy.attention import SharedPrompts, shared_prompt_attention
 from vlcot.policy.config import VlcotConfig
 from vlcot.policy.logprobs import SupportTable, support_scores
+from vlcot.policy.row_cache import NextIds
 
 QK_NORM_EPS = 1e-5
 
@@ -48,6 +49,7 @@ class VlcotAttention(llama.LlamaAttention):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
         shared_prompts: SharedPrompts | None = None,
+        next_ids: NextIds | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Llama's attention on normalised queries and keys; hidden states [B, L, d], or packed [1, L, d]."""
@@ -60,6 +62,9 @@ class VlcotAttention(llama.LlamaAttention):
             key, value = (llama.repeat_kv(x, self.num_key_value_groups) for x in (key, value))
             shared = shared_prompt_attention(query, key, value, shared_prompts, self.scaling)
             return self.o_proj(shared.transpose(1, 2).flatten(2)), None
+        if next_ids is not None:
+            output = next_ids.attend(self.layer_idx, query, key, value, self.scaling)
+            return self.o_proj(output.transpose(1, 2).flatten(2)), None
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = llama.ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -181,6 +186,14 @@ class VlcotForCausalLM(LlamaForCausalLM):
             before.flatten(0, 1), table, chain_ids.flatten(), supports.flatten(), temperature
         )
         return logprobs.view(chains, width), logsumexp.view(chains, width)
+
+    def next_hidden(self, ids: torch.Tensor, where: NextIds) -> torch.Tensor:
+        """Final hidden states [N, d] of ``ids``, int64 [N], one for each row that ``where`` names, in its order."""
+        hidden = self.model.embed_tokens(ids[None])
+        rotary = self.model.rotary_emb(hidden, position_ids=where.positions[None])
+        for layer in self.model.layers:
+            hidden = layer(hidden, position_embeddings=rotary, next_ids=where)
+        return self.model.norm(hidden)[0]
 
 
 AutoModelForCausalLM.register(VlcotConfig, VlcotForCausalLM, exist_ok=True)
