@@ -28,6 +28,7 @@ BACKENDS = ("vllm", "transformers")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 MOST_UPSCALE = 16.0
+SMALL_HIDDEN_SIZE = 1024
 CPU_CACHE_SHARE = 0.5
 """Of the free memory, that the key/value cache may take on a CPU at most."""
 
@@ -106,6 +107,8 @@ class _Plan:
 
 
 def _plan(options: argparse.Namespace) -> _Plan:
+    from transformers.utils.logging import disable_progress_bar
+
     from rl_system.studies.restore import experts, files, policy
     from rl_system.studies.restore.progress import Progress
     from rl_system.studies.restore.run import Wanted, tiles_of
@@ -116,10 +119,11 @@ def _plan(options: argparse.Namespace) -> _Plan:
         raise ValueError(f"--best {options.best}: there are {', '.join(experts.EXPERTS)}")
     kept = 1 if options.best else options.samples
     jobs, others = files.find_jobs(options.input, options.output, kept)
+    disable_progress_bar()  # of loading weights; ours says what there is to know
     checkpoint = policy.find_checkpoint(options.checkpoint, options.image_tokenizer, options.instruction)
     device = _device(options)
     writer = policy.QuestionWriter(checkpoint, device)
-    best = experts.expert(options.best, options.weights, device, _threads()) if options.best else None
+    best = experts.expert(options.best, options.weights, device, _threads(checkpoint.policy)) if options.best else None
     wanted = Wanted(_drawing(options, writer.side), best, options.compare, options.skip_existing)
     start = _sampler(options, checkpoint, device, writer.length)
     jobs[0].folder.mkdir(parents=True, exist_ok=True)
@@ -183,7 +187,7 @@ def _sampler(options: argparse.Namespace, checkpoint: Checkpoint, device: str, p
             kv_cache_gib=min(needed, CPU_CACHE_SHARE * free_memory()) / 2**30 if device == "cpu" else None,
             dtype=dtype,
             seed=options.seed,
-            threads=_threads(),
+            threads=_threads(checkpoint.policy),
             enforce_eager=device == "cpu",
         )
 
@@ -237,8 +241,11 @@ def _summarise(options: argparse.Namespace, plan: _Plan, batch: int, outcomes: l
     return exit_codes.ERROR if failed else exit_codes.OK
 
 
-def _threads() -> int:
-    return len(os.sched_getaffinity(0))
+def _threads(policy: Path) -> int:
+    """All cores, or one for a policy so small that more of them gain little, and lose much on shared cores."""
+    from vlcot.policy.family import read_config
+
+    return 1 if read_config(policy)["hidden_size"] < SMALL_HIDDEN_SIZE else len(os.sched_getaffinity(0))
 
 
 def _positive(text: str) -> int:
