@@ -101,7 +101,8 @@ class VllmSampler:
         """See :class:`Sampler`."""
         for task in self._open:
             task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*self._open, return_exceptions=True))
+        if self._open:
+            self._loop.run_until_complete(asyncio.wait(self._open))
         self._actor.shutdown()
         self._loop.run_until_complete(asyncio.sleep(0.1))  # lets vLLM's own tasks end before their loop does
         self._loop.close()
