@@ -1,9 +1,9 @@
 """Best of N on the toy's held-out rows, by the experts that need no weights: `python -m benchmarks.best_of_n`.
 
-One group of 16 chains for each row, restored by the parts of `rl-system restore`. The best of N is chosen among the first N,
-which are the N that the command would sample (sample i has the seed of its prompt plus i). Of the chosen ones: the expert's
-score, and PSNR and SSIM against the ground truth, which no expert sees. The interval is a bootstrap over rows of the
-difference to N = 1.
+One group of 16 chains for each row, restored by the parts of `rl-system restore`. The best of N is chosen among the first
+N, which are the N that the command would sample (sample i has the seed of its prompt plus i). Of the chosen ones: the
+expert's score, and PSNR and SSIM against the ground truth, which no expert sees. The interval is a bootstrap over rows of
+the difference to N = 1.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from vlcot.groups import Sample
 from vlcot.metrics import psnr, ssim
 
 COUNTS = (1, 2, 4, 8, 16)
+MEASURES = ("agreement", "likelihood", "psnr", "ssim")
 
 
 def restore_all(rows: int, align: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -71,9 +72,7 @@ def restore_all(rows: int, align: str) -> tuple[np.ndarray, dict[str, np.ndarray
     print(progress.line(), [outcome.error for outcome in failed if outcome.error])
     kept = sorted(index for index, scores in found.items() if len(scores) == COUNTS[-1])
     values = np.array([found[index] for index in kept])
-    return np.array(kept), dict(
-        zip(("agreement", "likelihood", "psnr", "ssim"), np.moveaxis(values, 2, 0), strict=True)
-    )
+    return np.array(kept), dict(zip(MEASURES, np.moveaxis(values, 2, 0), strict=True))
 
 
 def best_of(measures: dict[str, np.ndarray], expert: str) -> list[dict[str, object]]:
@@ -97,7 +96,7 @@ def best_of(measures: dict[str, np.ndarray], expert: str) -> list[dict[str, obje
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--align", default="none")
+    parser.add_argument("--align", default="wavelet")
     output_option(parser, "best_of_n")
     args = parser.parse_args()
     kept, measures = restore_all(args.rows, args.align)
