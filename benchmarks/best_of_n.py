@@ -1,9 +1,9 @@
 """Best of N on the toy's held-out rows, by the experts that need no weights: `python -m benchmarks.best_of_n`.
 
-One group of 16 chains for each row, restored by the parts of `rl-system restore`. The best of N is chosen among the first
-N, which are the N that the command would sample (sample i has the seed of its prompt plus i). Of the chosen ones: the
-expert's score, and PSNR and SSIM against the ground truth, which no expert sees. The interval is a bootstrap over rows of
-the difference to N = 1.
+One group of 16 chains for each row, restored by the parts of `rl-system restore`. The best of N is chosen among the
+first N, which are the N that the command would sample (sample i has the seed of its prompt plus i). Of the chosen ones:
+the expert's score, and PSNR and SSIM against the ground truth, which no expert sees. The interval is a bootstrap over
+rows of the difference to N = 1.
 """
 
 from __future__ import annotations

@@ -188,3 +188,12 @@ def test_vllm_restores_128_to_512_in_tiles_without_seams(photo, tmp_path, capsys
     assert len(chains) == len(plan) and all(tile["chains"][0]["coarse"] for tile in chains)
     sizes = [Image.open(out / p).size for p in ("steps/a photo/coarse.png", "steps/a photo/middle.png")]
     assert sizes == [(128, 128), (256, 256)] and Image.open(out / "compare/a photo.png").size == (1028, 512)
+
+
+@pytest.mark.engine
+def test_transformers_restores_without_vllm(photo, tmp_path):
+    assert restore(photo, tmp_path / "out", "--samples", "2", "--seed", "1") == 0
+    first, second = (np.asarray(Image.open(tmp_path / f"out/photo_{number}.png")) for number in (1, 2))
+    assert first.shape == (64, 64, 3) and (first != second).any()
+    bicubic = np.asarray(Image.open(photo).resize((64, 64), Image.Resampling.BICUBIC)).astype(float)
+    assert 1 < np.abs(first - bicubic).mean() < 40
