@@ -124,7 +124,7 @@ def _plan(options: argparse.Namespace) -> _Plan:
     device = _device(options)
     writer = policy.QuestionWriter(checkpoint, device)
     best = experts.expert(options.best, options.weights, device, _threads(checkpoint.policy)) if options.best else None
-    wanted = Wanted(_drawing(options, writer.side), best, options.compare, options.skip_existing)
+    wanted = Wanted(_drawing(options, writer), best, options.save_steps, options.compare, options.skip_existing)
     start = _sampler(options, checkpoint, device, writer.length)
     jobs[0].folder.mkdir(parents=True, exist_ok=True)
     if not os.access(jobs[0].folder, os.W_OK):
@@ -133,9 +133,10 @@ def _plan(options: argparse.Namespace) -> _Plan:
     return _Plan(jobs, others, checkpoint, wanted, writer, start, Progress(tiles))
 
 
-def _drawing(options: argparse.Namespace, side: int) -> Drawing:
+def _drawing(options: argparse.Namespace, writer: QuestionWriter) -> Drawing:
     from rl_system.studies.restore.pictures import Drawing
 
+    side = writer.side
     tile = options.tile or side
     overlap = tile // 4 if options.tile_overlap is None else options.tile_overlap
     if not side // 4 <= tile <= 4 * side:
@@ -144,7 +145,8 @@ def _drawing(options: argparse.Namespace, side: int) -> Drawing:
         )
     if overlap > tile // 2:
         raise ValueError(f"--tile-overlap {overlap} is more than half of a tile of {tile}")
-    return Drawing(side, options.upscale, tile, overlap, options.align, options.samples, options.save_steps)
+    steps = writer.steps if options.save_steps else ()
+    return Drawing(side, options.upscale, tile, overlap, options.align, options.samples, steps)
 
 
 def _device(options: argparse.Namespace) -> str:
@@ -214,7 +216,11 @@ def _restore(options: argparse.Namespace, plan: _Plan) -> int:
         if outcome.error:
             say(f"{outcome.file}: failed: {outcome.error}")
 
-    queue = Queue(plan.start, options.batch, say)
+    def start(batch: int) -> Sampler:
+        say(f"starting {options.backend}: {batch} chains at a time")
+        return plan.start(batch)
+
+    queue = Queue(start, options.batch, say)
     Batch(plan.jobs, plan.writer, queue, plan.wanted, plan.progress, done).run()
     return _summarise(options, plan, queue.batch, outcomes)
 

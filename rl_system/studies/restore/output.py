@@ -31,7 +31,7 @@ def write_steps(job: Job, picture: OpenPicture, kept: Sequence[int]) -> None:
     """Coarse and middle image of each kept sample, and ``chains.json``: what the policy wrote of each tile."""
     job.steps.mkdir(parents=True, exist_ok=True)
     for number in kept:
-        for stage in ("coarse", "middle"):
+        for stage in picture.drawing.steps:
             prefix = "" if len(kept) == 1 else f"{number + 1}_"
             write_png(job.steps / f"{prefix}{stage}.png", picture.step(number, stage))
     tiles = []

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from rl_system.runs.pictures import STAGES
 from rl_system.studies.restore.images import Photograph, enlarged, like, to_bits
 from rl_system.studies.restore.tiles import Feathering, TilePlan
 from vlcot.colour import ALIGNMENTS
 from vlcot.groups import Sample
-
-STAGES = ("coarse", "middle", "final")
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Drawing:
         overlap: pixels that neighbouring tiles share at least.
         align: a name in :data:`vlcot.colour.ALIGNMENTS`, or ``none``.
         samples: results of each picture.
-        keep_steps: keep coarse and middle images too.
+        steps: of ``coarse`` and ``middle``, those of which the images are kept too; the policy must draw them.
     """
 
     side: int
@@ -36,7 +35,7 @@ class Drawing:
     overlap: int
     align: str = "wavelet"
     samples: int = 1
-    keep_steps: bool = False
+    steps: tuple[str, ...] = ()
 
     def target(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the result."""
@@ -75,8 +74,7 @@ class OpenPicture:
         """Cut ``photograph`` for the first time. Raises MemoryError: the result does not fit."""
         plan = drawing.plan(*photograph.size)
         reference = enlarged(photograph.colour, plan.height, plan.width)
-        stages = STAGES if drawing.keep_steps else STAGES[-1:]
-        canvases = [{stage: Feathering(plan) for stage in stages} for _ in range(drawing.samples)]
+        canvases = [{stage: Feathering(plan) for stage in (*drawing.steps, "final")} for _ in range(drawing.samples)]
         return cls(drawing, photograph, plan, reference, {}, canvases)
 
     def view(self, index: int) -> np.ndarray:
@@ -88,7 +86,7 @@ class OpenPicture:
         self.chains[index] = tuple(samples)
         reference = self.plan.cut(self.reference, index)
         for canvases, sample in zip(self._canvases, samples, strict=True):
-            for stage, image in zip(STAGES, sample.images, strict=True):
+            for stage, image in zip(STAGES[-len(sample.images) :], sample.images, strict=True):
                 if stage in canvases and image is not None:
                     canvases[stage].add(index, self._fitted(stage, image, reference))
 

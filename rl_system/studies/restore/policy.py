@@ -12,6 +12,7 @@ import yaml
 
 from rl_system.config.compose import CONFIG_DIR
 from rl_system.runs.directory import RunDirectory
+from rl_system.runs.pictures import STAGES
 from vlcot.groups import Prompt
 from vlcot.policy.family import Family, read_config
 from vlcot.sequence import IMAGE_PLACEHOLDER
@@ -68,6 +69,7 @@ class QuestionWriter:
     Attributes:
         family: of the policy.
         side: pixels along a side of what the policy sees and draws.
+        steps: of ``coarse`` and ``middle``, what it draws first.
         length: ids of a prompt, the same for every picture.
 
     Args:
@@ -77,6 +79,7 @@ class QuestionWriter:
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
         self.family = Family.from_pretrained(checkpoint.policy)
         self.side = self.family.layout.full_size
+        self.steps = STAGES[-len(self.family.layout.image_sizes) : -1]
         self._builder = self.family.builder
         self._tokenizer = ImageTokenizer.from_pretrained(checkpoint.image_tokenizer, device)
         self._instruction = checkpoint.instruction

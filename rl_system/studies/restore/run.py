@@ -14,7 +14,7 @@ from rl_system.studies.restore import output
 from rl_system.studies.restore.experts import Score
 from rl_system.studies.restore.files import Job
 from rl_system.studies.restore.images import ImageRefused, Photograph, read_photograph, read_size
-from rl_system.studies.restore.pictures import STAGES, Drawing, OpenPicture
+from rl_system.studies.restore.pictures import Drawing, OpenPicture
 from rl_system.studies.restore.policy import QuestionWriter
 from rl_system.studies.restore.progress import Progress
 from rl_system.studies.restore.sampling import Queue, SamplingFailed
@@ -31,11 +31,12 @@ class Wanted:
     Attributes:
         drawing: how it is restored.
         best: chooses the one result to keep; None keeps all.
-        compare, skip_existing: as on the command line.
+        save_steps, compare, skip_existing: as on the command line.
     """
 
     drawing: Drawing
     best: Score | None = None
+    save_steps: bool = False
     compare: bool = False
     skip_existing: bool = False
 
@@ -235,7 +236,7 @@ class Batch:
             kept = [max(kept, key=outcome.scores.__getitem__)]
             outcome.chosen = kept[0] + 1
         shown = [results[number] for number in kept]
-        if wanted.drawing.keep_steps:
+        if wanted.save_steps:
             output.write_steps(work.job, picture, kept)
         if wanted.compare:
             output.write_strip(work.job, picture, shown)
@@ -275,7 +276,7 @@ def tiles_of(job: Job, drawing: Drawing) -> int:
 def _check_memory(photograph: Photograph, drawing: Drawing) -> None:
     """Refuse a picture whose result the memory cannot hold: the system would end the whole batch."""
     height, width = drawing.canvas(*photograph.size)
-    canvases = drawing.samples * (len(STAGES) if drawing.keep_steps else 1)
+    canvases = drawing.samples * (len(drawing.steps) + 1)
     needed = height * width * 4 * (3 + 4 * canvases + 3 * 4)  # float32: reference, sums and weights, writing
     if needed > (free := free_memory()):
         raise ImageRefused(

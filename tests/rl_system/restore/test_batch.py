@@ -250,7 +250,7 @@ def test_every_sample_or_the_best(photos, tmp_path):
 
 
 def test_steps_and_strip(photos, tmp_path):
-    Run(photos / "a.png", tmp_path / "out", keep_steps=True, wanted={"compare": True})
+    Run(photos / "a.png", tmp_path / "out", steps=("coarse", "middle"), wanted={"compare": True, "save_steps": True})
     steps = tmp_path / "out/steps/a"
     assert pixels(steps / "coarse.png").shape == (25, 30, 3) and pixels(steps / "middle.png").shape == (50, 60, 3)
     assert np.abs(pixels(steps / "middle.png").astype(int) - PHOTO).mean() < 4
