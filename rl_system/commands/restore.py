@@ -49,6 +49,11 @@ def run(args: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"\n{PROGRAM}: interrupted; finished pictures are kept, --skip-existing goes on", file=sys.stderr)
         return exit_codes.INTERRUPTED
+    except Exception as error:  # not of one picture: those are in the log
+        print(f"{PROGRAM}: {type(error).__name__}: {error}", file=sys.stderr)
+        if os.environ.get("RL_SYSTEM_TRACEBACK"):
+            raise
+        return exit_codes.ERROR
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -178,7 +183,8 @@ def _sampler(options: argparse.Namespace, checkpoint: Checkpoint, device: str, p
     room = policy.positions(checkpoint.policy) - prompt
 
     def spec(batch: int) -> RolloutSpec:
-        needed = max(batch, options.samples) * policy.cache_bytes(checkpoint.policy, 4 if dtype == "float32" else 2)
+        sequence = policy.cache_bytes(checkpoint.policy, 4 if dtype == "float32" else 2)
+        needed = (max(batch, options.samples) + 1) * sequence  # vLLM keeps some blocks to itself
         return RolloutSpec(
             policy=str(checkpoint.policy),
             image_tokenizer=str(checkpoint.image_tokenizer),

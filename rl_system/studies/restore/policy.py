@@ -45,6 +45,8 @@ def find_checkpoint(path: Path, image_tokenizer: Path | None, instruction: str |
         ValueError: there is no policy, or something that goes with it is nowhere to be found.
     """
     policy = _policy_of(path)
+    if not any(policy.glob("*.safetensors")):
+        raise ValueError(f"{policy} has no weights (*.safetensors)")
     known = _known(policy)
     tokenizer = image_tokenizer or _optional_path(known.get("image_tokenizer"))
     question = instruction or known.get("instruction")

@@ -176,7 +176,7 @@ class Queue:
 
     @property
     def room(self) -> bool:
-        """Whether another prompt would be of use now."""
+        """Whether another prompt would be of use now; starts the sampler. Raises SamplingFailed."""
         return self._running().room
 
     def submit(self, prompt: Prompt) -> None:

@@ -75,6 +75,9 @@ def test_a_run_says_what_goes_with_its_policy(tmp_path):
     with pytest.raises(ValueError, match="has no trained policy yet"):
         find_checkpoint(run, None, None)
     (policy / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="has no weights"):
+        find_checkpoint(run, None, None)
+    (policy / "model.safetensors").touch()
     for given in (run, policy):
         found = find_checkpoint(given, None, None)
         assert found.policy == policy and found.image_tokenizer == VQ
@@ -85,6 +88,7 @@ def test_a_run_says_what_goes_with_its_policy(tmp_path):
     alone = tmp_path / "alone"
     alone.mkdir()
     (alone / "config.json").write_text("{}")
+    (alone / "model.safetensors").touch()
     with pytest.raises(ValueError, match="say --image-tokenizer DIR"):
         find_checkpoint(alone, None, None)
     with pytest.raises(ValueError, match="say --instruction"):
