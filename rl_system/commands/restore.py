@@ -216,7 +216,7 @@ def _restore(options: argparse.Namespace, plan: _Plan) -> int:
     def done(outcome: Outcome) -> None:
         outcomes.append(outcome)
         if options.json:
-            print(json.dumps(outcome.record(), ensure_ascii=False, allow_nan=False), flush=True)
+            print(json.dumps(outcome.record(), allow_nan=False), flush=True)
         for note in outcome.notes:
             say(f"{outcome.file}: {note}")
         if outcome.error:
@@ -245,7 +245,7 @@ def _summarise(options: argparse.Namespace, plan: _Plan, batch: int, outcomes: l
             "batch": batch,
             "ignored": plan.others,
         }
-        print(json.dumps({"summary": summary}, ensure_ascii=False), flush=True)
+        print(json.dumps({"summary": summary}), flush=True)
     rest = f"{progress.tokens:,} tokens in {progress.seconds:.1f} s, {progress.rate:,.0f} a second"
     progress.say(f"{', '.join(f'{count} {status}' for status, count in counts.items())}; {rest}")
     if failed:

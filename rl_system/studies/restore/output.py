@@ -39,7 +39,8 @@ def write_steps(job: Job, picture: OpenPicture, kept: Sequence[int]) -> None:
         chains = [_chain(number, picture.chains[index][number]) for number in kept]
         tiles.append({"top": top, "left": left, "side": picture.plan.side, "chains": chains})
     canvas = {"height": picture.plan.height, "width": picture.plan.width}
-    write_json(job.steps / "chains.json", {"source": str(job.source), "canvas": canvas, "tiles": tiles})
+    source = str(job.source).encode("utf-8", "backslashreplace").decode()  # names need not be UTF-8
+    write_json(job.steps / "chains.json", {"source": source, "canvas": canvas, "tiles": tiles})
 
 
 def write_strip(job: Job, picture: OpenPicture, results: Sequence[Photograph]) -> None:

@@ -85,8 +85,9 @@ class Outcome:
 
 @dataclass(eq=False)
 class _Work:
-    """One picture under way."""
+    """One picture under way, the ``number``-th that was opened."""
 
+    number: int
     job: Job
     outcome: Outcome
     picture: OpenPicture
@@ -124,6 +125,7 @@ class Batch:
         self._progress = progress
         self._done = done
         self._under_way: set[_Work] = set()
+        self._opened = 0
         self._asked: dict[str, _Tile] = {}
         self._again: deque[_Tile] = deque()
         self._fresh = self._tiles()
@@ -151,10 +153,15 @@ class Batch:
         while (tile := self._again.popleft() if self._again else next(self._fresh, None)) is not None:
             if tile.work not in self._under_way:
                 continue  # it failed meanwhile
-            name = f"{tile.work.job.name}/{tile.index}/{tile.attempt}"
-            view = tile.work.picture.view(tile.index)
+            name = f"{tile.work.number}/{tile.index}/{tile.attempt}"  # engines want UTF-8, file names need not be
+            seed = tile.index + (tile.attempt << 32)
+            try:
+                prompt = self._writer.prompt(name, seed, tile.work.picture.view(tile.index))
+            except Exception as error:  # as in _open
+                self._end(tile.work, error)
+                continue
             self._asked[name] = tile
-            return self._writer.prompt(name, tile.index + (tile.attempt << 32), view)
+            return prompt
         return None
 
     def _tiles(self) -> Iterator[_Tile]:
@@ -180,12 +187,13 @@ class Batch:
             outcome.input_size, outcome.output_size = (width, height), drawing.target(height, width)[::-1]
             outcome.notes = list(photograph.notes)
             _check_memory(photograph, drawing)
-            work = _Work(job, outcome, OpenPicture.of(photograph, drawing), opened)
+            work = _Work(self._opened, job, outcome, OpenPicture.of(photograph, drawing), opened)
         except Exception as error:  # one picture's trouble, of any kind, is not the batch's
             self._failed(outcome, error, tiles_of(job, drawing))
             return None
         outcome.tiles = len(work.picture.plan)
         self._under_way.add(work)
+        self._opened += 1
         return work
 
     # --- answers ----------------------------------------------------------------------------------------
