@@ -60,6 +60,7 @@ bench: bench-rewards bench-trl
 	$(BIN)/python -m benchmarks.degradation
 	$(BIN)/python -m benchmarks.memory_plan
 	$(BIN)/python -m benchmarks.weight_push
+	$(BIN)/python -m benchmarks.best_of_n
 
 bench-rewards: setup
 	$(BIN)/python -m benchmarks.rewards

@@ -11,6 +11,7 @@ from rl_system.commands import exit_codes
 COMMANDS = {
     "train": "train VLCoT-GRPO: rl-system train experiment=toy [KEY=VALUE ...]",
     "doctor": "does this machine hold this experiment: rl-system doctor experiment=toy [--gpus 8x80]",
+    "restore": "photographs through a policy: rl-system restore --input DIR --output DIR --checkpoint runs/NAME",
     "evaluate": "the paper's metrics and table: rl-system evaluate --data RealSR=DIR --method NAME=DIR --output DIR",
     "prepare-data": "photographs into training data: rl-system prepare-data input=DIR output=DIR captions=FILE",
     "cold-start": "supervised training on such data: rl-system cold-start recipe=toy data=DIR [KEY=VALUE ...]",

@@ -1,0 +1,1 @@
+"""Restoring photographs with a trained policy."""
