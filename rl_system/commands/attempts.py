@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from rl_system.commands import exit_codes
@@ -70,10 +69,12 @@ def guarded(
 ) -> tuple[int, dict[str, Any] | None]:
     """Execute; exit code, and the summary of a run that is done. Else the run's status and one message say why."""
     from rl_system.runs.directory import RunStopped
+    from rl_system.runs.logs import driver_log
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        summary = execute()
+        with driver_log(run):
+            summary = execute()
         run.set_status("done")
         return exit_codes.OK, summary
     except RunStopped as stop:
@@ -122,10 +123,3 @@ def connect(cluster: ClusterSettings, start_timeout_s: float) -> Any:
         ignore_reinit_error=True,
         log_to_driver=False,
     )
-
-
-def link_logs(run: RunDirectory, context: Any) -> None:
-    """Ray's logs, seen from the run."""
-    logs = run.logs / "ray"
-    logs.unlink(missing_ok=True)
-    logs.symlink_to(Path(context.address_info["session_dir"]) / "logs")

@@ -18,6 +18,7 @@ COMMANDS = {
     "k8s": "render or check the manifests: rl-system k8s check [OVERLAY] [--crds DIR]",
     "serve-rewards": "reward servers of their own: rl-system serve-rewards start experiment=toy | status | scale | set",
     "simulate": "how fast a run would be: rl-system simulate run RUN_DIRECTORY | cluster --gpus 8 64 1024",
+    "status": "what a run is doing, or how it ended: rl-system status RUN_DIRECTORY [--watch]",
     "report": "write report.html of a run, also while it runs: rl-system report RUN_DIRECTORY",
 }
 

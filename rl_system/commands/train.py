@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from rl_system.commands import exit_codes
-from rl_system.commands.attempts import claimed_run, connect, existing_run, guarded, link_logs
+from rl_system.commands.attempts import claimed_run, connect, existing_run, guarded
 from rl_system.config.compose import ConfigError, load_config, to_yaml
 from rl_system.config.schema import TrainConfig
 
@@ -64,6 +64,7 @@ def _train(config: TrainConfig) -> int:
 def _execute(config: TrainConfig, run: RunDirectory, resumed: bool, source: RowSource) -> dict[str, Any]:
     import ray
 
+    from rl_system.runs.attempt import note_attempt
     from rl_system.runs.progress import Progress
 
     with Progress() as progress:
@@ -71,7 +72,7 @@ def _execute(config: TrainConfig, run: RunDirectory, resumed: bool, source: RowS
         context = connect(config.cluster, config.reward.start_timeout_s)
         from rl_system.training import TrainingRun  # while Ray's own processes come up
 
-        link_logs(run, context)
+        note_attempt(run, context)
         try:
             return asyncio.run(TrainingRun(config, run, resumed, source, progress).execute())
         finally:
