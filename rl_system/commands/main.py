@@ -19,7 +19,7 @@ COMMANDS = {
     "serve-rewards": "reward servers of their own: rl-system serve-rewards start experiment=toy | status | scale | set",
     "simulate": "how fast a run would be: rl-system simulate run RUN_DIRECTORY | cluster --gpus 8 64 1024",
     "status": "what a run is doing, or how it ended: rl-system status RUN_DIRECTORY [--watch]",
-    "report": "write report.html of a run, also while it runs: rl-system report RUN_DIRECTORY",
+    "report": "report.html of a run, also while it runs; of several, side by side: rl-system report RUN_DIRECTORY ...",
 }
 
 
