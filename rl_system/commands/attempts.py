@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from rl_system.commands import exit_codes
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from rl_system.runs.directory import RunDirectory
 
 NAMESPACE = "rl-system"
+UPLOADED = "working_dir_files"
+"""Of the folder into which Ray unpacks what `ray job submit --working-dir` has uploaded."""
 
 
 class RunSettings(Protocol):
@@ -37,10 +40,15 @@ def existing_run(config: RunSettings, config_yaml: str) -> RunDirectory | None:
     """The run that ``resume=auto`` finds.
 
     Raises:
-        ValueError: it was made with other settings that matter.
+        ValueError: it was made with other settings that matter, or runs would lie in the upload of a Ray job.
     """
     from rl_system.runs.directory import RunDirectory
 
+    if UPLOADED in Path(config.output_dir).resolve().parts:
+        raise ValueError(
+            f"output_dir={config.output_dir} lies in the uploaded working directory, which Ray deletes after the job: "
+            "name a folder by its full path, as output_dir=/shared/runs"
+        )
     if config.resume == "never":
         return None
     return RunDirectory.resume(config.output_dir, config.name, config_yaml)
