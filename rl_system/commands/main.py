@@ -15,7 +15,7 @@ COMMANDS = {
     "prepare-data": "photographs into training data: rl-system prepare-data input=DIR output=DIR captions=FILE",
     "cold-start": "supervised training on such data: rl-system cold-start recipe=toy data=DIR [KEY=VALUE ...]",
     "import-weights": "published weights into our format: rl-system import-weights KIND SOURCE OUTPUT",
-    "k8s": "render or check the manifests: rl-system k8s check [OVERLAY] [--crds DIR]",
+    "k8s": "the manifests: rl-system k8s check [OVERLAY] | render OVERLAY | submit OVERLAY | logs [POOL] | status",
     "serve-rewards": "reward servers of their own: rl-system serve-rewards start experiment=toy | status | scale | set",
     "simulate": "how fast a run would be: rl-system simulate run RUN_DIRECTORY | cluster --gpus 8 64 1024",
     "status": "what a run is doing, or how it ended: rl-system status RUN_DIRECTORY [--watch]",
