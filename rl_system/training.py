@@ -45,6 +45,7 @@ from rl_system.runs.progress import Progress
 from rl_system.runs.sinks import PrometheusSink, open_sinks, read_metrics
 from rl_system.runs.summary import build_summary
 from rl_system.runs.timeline import TimelineEvent, TimelineWriter
+from rl_system.runs.trackers import open_trackers
 from vlcot.groups import ScoredGroup
 from vlcot.policy.family import Family
 from vlcot.tokenizer.image import ImageTokenizer
@@ -196,7 +197,8 @@ class TrainingRun:
         """Files that go on behind the steps done."""
         self._journal = Journal(self._run.journal, len(done))
         self._lookout.sink = PrometheusSink(self._run.name)
-        self._sink = open_sinks(self._run, len(done), self._lookout.sink)
+        trackers = open_trackers(self._config.trackers, self._run)
+        self._sink = open_sinks(self._run, len(done), self._lookout.sink, *trackers)
         stack.callback(self._journal.close)
         stack.callback(self._sink.close)
         for metrics in read_metrics(self._run.metrics):

@@ -32,8 +32,10 @@ def _train(config: TrainConfig) -> int:
     from rl_system import assembly  # from here on the heavy packages are needed
     from rl_system.runs.report import build_report
     from rl_system.runs.summary import write_summary
+    from rl_system.runs.trackers import check_trackers
 
     try:
+        check_trackers(config.trackers)
         run = existing_run(config, to_yaml(config))
         if run is not None and run.status().get("state") == "done":
             print(f"{run.path} is done; report: {run.report}")

@@ -13,6 +13,7 @@ MAY_CHANGE = (
     "overwrite",
     "output_dir",
     "kept_groups",
+    "trackers",
     "cluster.*",
     "rollout.actors",
     "rollout.labels.*",
