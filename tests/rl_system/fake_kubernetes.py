@@ -3,8 +3,8 @@
     python -m tests.rl_system.fake_kubernetes OVERLAY
 
 prints one JSON object a line: pods by group after each change of the load, and what the autoscaler says of a request
-that fits no group. The autoscaler is the real one (v2); of Kubernetes it needs three calls, which are answered here, and
-of the KubeRay operator that a pod follows for each replica.
+that fits no group. The autoscaler is the real one (v2); of Kubernetes it needs three calls, which are answered here,
+and of the KubeRay operator that a pod follows for each replica.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class FakeKubernetes(IKubernetesHttpApiClient):
             name = group["groupName"]
             for pod in (group.get("scaleStrategy") or {}).get("workersToDelete", []):
                 if pod in self._pods:
-                    del self._pods[pod]
+                    with self._lock:
+                        del self._pods[pod]
                     self._cluster.remove_node(self._nodes.pop(pod))
             have = sum(pod.startswith(f"{name}-") for pod in self._pods)
             for _ in range(group.get("replicas", 0) - have):
@@ -84,6 +85,8 @@ class FakeKubernetes(IKubernetesHttpApiClient):
         pod = f"{group}-{self._made}"
         resources = dict(self._types[group]["resources"])
         resources.pop("memory", None)
+        with self._lock:  # first: a raylet without its pod is counted beside the one that is awaited
+            self._pods[pod] = _pod(pod, "worker", group)
         self._nodes[pod] = self._cluster.add_node(
             wait=False,
             num_cpus=resources.pop("CPU"),
@@ -92,7 +95,6 @@ class FakeKubernetes(IKubernetesHttpApiClient):
             labels=self._types[group]["labels"],
             env_vars={"RAY_CLOUD_INSTANCE_ID": pod, "RAY_NODE_TYPE_NAME": group},
         )
-        self._pods[pod] = _pod(pod, "worker", group)
 
 
 def _pod(name: str, kind: str, group: str) -> dict[str, Any]:
