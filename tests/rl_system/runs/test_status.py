@@ -66,6 +66,13 @@ def test_the_command_answers_for_a_run_and_refuses_what_is_none(run, tmp_path, c
     assert main(["status", str(tmp_path)]) == 2 and "is not the directory of a run" in capsys.readouterr().err
 
 
+def test_watching_looks_again_until_the_run_ends(run, monkeypatch, capsys):
+    looks = []
+    monkeypatch.setattr("time.sleep", lambda seconds: looks.append(seconds) or run.set_status("done"))
+    assert main(["status", str(run.path), "--watch"]) == 0
+    assert looks == [2.0] and "done 0 s ago" in capsys.readouterr().out
+
+
 def test_the_state_is_written_every_second_and_a_last_time(run):
     said = iter(range(100))
 
