@@ -171,6 +171,10 @@ class RolloutPool:
         """What each actor said when it was ready (:meth:`RolloutActor.ready`)."""
         return list(self._ready)
 
+    def load(self) -> dict[int, tuple[bool, int]]:
+        """By actor: whether it serves, and how many prompts it has."""
+        return {i: (self._manager.is_actor_healthy(i), open_) for i, open_ in self._outstanding.items()}
+
     async def served_checksums(self) -> dict[str, int]:
         """XXH3 per tensor of the last committed push, which every actor has verified; empty before the first."""
         push: StoredPush | None = await self._store.latest.remote()

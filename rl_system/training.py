@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import threading
 import time
 from collections.abc import Awaitable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from learners.protocols import LearnerStart
 from reward_servers.deploy import delete_apps, deploy
 from reward_servers.http_guard import token_of_environment
 from reward_servers.http_transport import HttpTransport
+from reward_servers.policies import failure_reasons
 from reward_servers.transports import HandleTransport, Transport
 from rl_system import assembly, reward_apps
 from rl_system.config.schema import TrainConfig
@@ -32,18 +34,24 @@ from rl_system.coordination.meter import PipelineMeter
 from rl_system.coordination.scoring import Scorer
 from rl_system.data.prompts import PromptBuilder, training_prompts
 from rl_system.data.rows import RowSource
+from rl_system.lookout import Lookout
 from rl_system.runs.directory import RunDirectory, RunStopped
 from rl_system.runs.evaluated import PromptFigures
 from rl_system.runs.evaluation_files import read_evaluation, write_evaluation
 from rl_system.runs.groups import GroupStore
 from rl_system.runs.journal import Journal, read_journal
+from rl_system.runs.live import keep_writing
 from rl_system.runs.progress import Progress
-from rl_system.runs.sinks import open_sinks, read_metrics
+from rl_system.runs.sinks import PrometheusSink, open_sinks, read_metrics
 from rl_system.runs.summary import build_summary
 from rl_system.runs.timeline import TimelineEvent, TimelineWriter
+from rl_system.runs.trackers import open_trackers
+from vlcot.groups import ScoredGroup
 from vlcot.policy.family import Family
 from vlcot.tokenizer.image import ImageTokenizer
 from vlcot.weights import checksums
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -82,6 +90,7 @@ class TrainingRun:
         self._meter = PipelineMeter()
         self._groups = GroupStore(run.groups, config.kept_groups)
         self._timeline = TimelineWriter(run.timeline)
+        self._lookout = Lookout(progress, config.learner.steps)
         self._facts = Facts()
 
     async def execute(self) -> dict[str, Any]:
@@ -93,6 +102,7 @@ class TrainingRun:
         """
         began = time.time()
         async with AsyncExitStack() as stack:
+            stack.push_async_callback(_ended, asyncio.create_task(keep_writing(self._run, self._lookout.state)))
             queue = ray.remote(num_cpus=0)(ExperienceQueue).remote()
             pool = await self._create_pool(stack)
             learner = self._start_learner(queue, pool)  # first: it takes as long as the servers
@@ -119,6 +129,7 @@ class TrainingRun:
         )
         stack.push_async_callback(asyncio.to_thread, pool.stop)
         await asyncio.to_thread(pool.create)
+        self._lookout.pool = pool
         return pool
 
     async def _start_servers(self, stack: AsyncExitStack, pool: RolloutPool) -> Scorer:
@@ -140,7 +151,9 @@ class TrainingRun:
             except TimeoutError:
                 raise RuntimeError(f"{server} was not ready within {config.reward.start_timeout_s:g} s") from None
             self._facts.engines[server] = ready
-        return assembly.scorer(config, assembly.reward_client(config, transport))
+        client = assembly.reward_client(config, transport)
+        self._lookout.requests = client.stats
+        return assembly.scorer(config, client)
 
     def _start_learner(self, queue: Any, pool: RolloutPool) -> LearnerGroup:
         config = self._config
@@ -183,7 +196,9 @@ class TrainingRun:
     def _open_records(self, stack: AsyncExitStack, done: list[BatchRecord]) -> None:
         """Files that go on behind the steps done."""
         self._journal = Journal(self._run.journal, len(done))
-        self._sink = open_sinks(self._run, len(done))
+        self._lookout.sink = PrometheusSink(self._run.name)
+        trackers = open_trackers(self._config.trackers, self._run)
+        self._sink = open_sinks(self._run, len(done), self._lookout.sink, *trackers)
         stack.callback(self._journal.close)
         stack.callback(self._sink.close)
         for metrics in read_metrics(self._run.metrics):
@@ -204,10 +219,11 @@ class TrainingRun:
             scorer,
             queue,
             lambda: learner.error,
-            Observer(self._on_started, self._on_group, self._journal.write, self._on_step, self._on_event),
+            Observer(self._on_started, self._on_group, self._on_batch, self._on_step, self._on_event),
             done,
         )
         self._ledger = coordinator.ledger
+        self._lookout.moment = coordinator.moment
         return coordinator
 
     async def _train(self, coordinator: Coordinator, learner: LearnerGroup) -> None:
@@ -240,10 +256,21 @@ class TrainingRun:
 
     def _on_started(self, start: LearnerStart) -> None:
         self._facts.engines["learner"] = dict(start.engines)
+        LOG.info("the learner group is up", extra={"step": start.step})
 
-    def _on_group(self, scored: Any) -> None:
+    def _on_group(self, scored: ScoredGroup) -> None:
         self._meter.group(scored)
         self._groups.offer(scored)
+        group = {"group_id": scored.group.prompt.group_id}
+        LOG.info("scored: %d of %d samples have a total", scored.valid.sum(), scored.valid.size, extra=group)
+        if reasons := failure_reasons(scored):
+            LOG.warning("rewards failed: %s", reasons, extra=group)
+
+    def _on_batch(self, record: BatchRecord) -> None:
+        self._journal.write(record)
+        for row, reason in record.dropped.values():
+            LOG.warning("row %s was dropped: %s", row, reason, extra={"step": record.step})
+        LOG.info("batch handed to the learner: rows %s", ", ".join(record.rows.values()), extra={"step": record.step})
 
     def _on_event(self, process: str, name: str, start: float, end: float) -> None:
         self._timeline.write(TimelineEvent(process, name, start, end))
@@ -252,11 +279,12 @@ class TrainingRun:
         else:
             self._meter.generation(start, end)
 
-    def _on_step(self, step: int, learner: dict[str, float], groups: list[Any]) -> None:
+    def _on_step(self, step: int, learner: dict[str, float], groups: list[ScoredGroup]) -> None:
         now = time.time()
         metrics = self._meter.step(learner, groups) | {"weights/version": float(step)}
         self._timeline.write(TimelineEvent("learner", f"step {step}", now - learner.get("time/train", 0.0), now))
         self._sink.log(step, metrics)
+        LOG.info("step trained and pushed in %.2f s", metrics["time/step"], extra={"step": step})
         self._facts.kl_final = metrics.get("grpo/kl", self._facts.kl_final)
         self._facts.steps = step
         self._facts.groups_trained += len(groups)
@@ -278,6 +306,12 @@ class TrainingRun:
             engines=self._facts.engines,
             weight_checksum_match=match,
         )
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
 
 
 async def _all_or_first_error(*parts: Awaitable[Any]) -> list[Any]:

@@ -23,7 +23,7 @@ from rl_system.coordination.experience_queue import StepReport
 from rl_system.runs.directory import RunDirectory, RunStopped
 from rl_system.runs.pictures import write_chain_pictures, write_png
 from rl_system.runs.progress import Progress
-from rl_system.runs.sinks import open_sinks
+from rl_system.runs.sinks import PrometheusSink, open_sinks
 from vlcot import metrics
 from vlcot.groups import Group
 from vlcot.policy.family import Family
@@ -110,7 +110,7 @@ def _follow(group: ColdStartGroup, desk: Any, spec: LearnerSpec, run: RunDirecto
             if isinstance(event, LearnerStart):
                 if sink is not None:
                     sink.close()
-                sink, last = open_sinks(run, event.step), event.step
+                sink, last = open_sinks(run, event.step, PrometheusSink(run.name)), event.step
                 progress.stage("training")
             elif isinstance(event, StepReport) and sink is not None and event.step > last:
                 last = event.step

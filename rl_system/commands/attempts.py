@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rl_system.runs.directory import RunDirectory
 
 NAMESPACE = "rl-system"
+UPLOADED = "working_dir_files"
+"""Of the folder into which Ray unpacks what `ray job submit --working-dir` has uploaded."""
 
 
 class RunSettings(Protocol):
@@ -38,10 +40,15 @@ def existing_run(config: RunSettings, config_yaml: str) -> RunDirectory | None:
     """The run that ``resume=auto`` finds.
 
     Raises:
-        ValueError: it was made with other settings that matter.
+        ValueError: it was made with other settings that matter, or runs would lie in the upload of a Ray job.
     """
     from rl_system.runs.directory import RunDirectory
 
+    if UPLOADED in Path(config.output_dir).resolve().parts:
+        raise ValueError(
+            f"output_dir={config.output_dir} lies in the uploaded working directory, which Ray deletes after the job: "
+            "name a folder by its full path, as output_dir=/shared/runs"
+        )
     if config.resume == "never":
         return None
     return RunDirectory.resume(config.output_dir, config.name, config_yaml)
@@ -70,10 +77,12 @@ def guarded(
 ) -> tuple[int, dict[str, Any] | None]:
     """Execute; exit code, and the summary of a run that is done. Else the run's status and one message say why."""
     from rl_system.runs.directory import RunStopped
+    from rl_system.runs.logs import driver_log
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        summary = execute()
+        with driver_log(run):
+            summary = execute()
         run.set_status("done")
         return exit_codes.OK, summary
     except RunStopped as stop:
@@ -122,10 +131,3 @@ def connect(cluster: ClusterSettings, start_timeout_s: float) -> Any:
         ignore_reinit_error=True,
         log_to_driver=False,
     )
-
-
-def link_logs(run: RunDirectory, context: Any) -> None:
-    """Ray's logs, seen from the run."""
-    logs = run.logs / "ray"
-    logs.unlink(missing_ok=True)
-    logs.symlink_to(Path(context.address_info["session_dir"]) / "logs")

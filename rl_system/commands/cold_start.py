@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from rl_system.commands import exit_codes
-from rl_system.commands.attempts import claimed_run, connect, existing_run, guarded, link_logs
+from rl_system.commands.attempts import claimed_run, connect, existing_run, guarded
 
 if TYPE_CHECKING:
     from learners.spec import LearnerSpec
@@ -53,6 +53,7 @@ def _execute(config: ColdStartConfig, spec: LearnerSpec, run: RunDirectory) -> d
     import ray
 
     from rl_system.cold_start.run import evaluate, random_start, train
+    from rl_system.runs.attempt import note_attempt
     from rl_system.runs.files import write_json
     from rl_system.runs.progress import Progress
     from rl_system.runs.sinks import read_metrics
@@ -63,7 +64,7 @@ def _execute(config: ColdStartConfig, spec: LearnerSpec, run: RunDirectory) -> d
             progress.stage("making random weights")
             spec = replace(spec, policy_path=random_start(config, run))
         progress.stage("starting Ray")
-        link_logs(run, connect(config.cluster, config.evaluation.start_timeout_s))
+        note_attempt(run, connect(config.cluster, config.evaluation.start_timeout_s))
         try:
             result = train(config, spec, run, progress)
             trained_s = time.time() - began

@@ -16,10 +16,11 @@ COMMANDS = {
     "prepare-data": "photographs into training data: rl-system prepare-data input=DIR output=DIR captions=FILE",
     "cold-start": "supervised training on such data: rl-system cold-start recipe=toy data=DIR [KEY=VALUE ...]",
     "import-weights": "published weights into our format: rl-system import-weights KIND SOURCE OUTPUT",
-    "k8s": "render or check the manifests: rl-system k8s check [OVERLAY] [--crds DIR]",
+    "k8s": "the manifests: rl-system k8s check [OVERLAY] | render OVERLAY | submit OVERLAY | logs [POOL] | status",
     "serve-rewards": "reward servers of their own: rl-system serve-rewards start experiment=toy | status | scale | set",
     "simulate": "how fast a run would be: rl-system simulate run RUN_DIRECTORY | cluster --gpus 8 64 1024",
-    "report": "write report.html of a run, also while it runs: rl-system report RUN_DIRECTORY",
+    "status": "what a run is doing, or how it ended: rl-system status RUN_DIRECTORY [--watch]",
+    "report": "report.html of a run, also while it runs; of several, side by side: rl-system report RUN_DIRECTORY ...",
 }
 
 

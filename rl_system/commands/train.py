@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from rl_system.commands import exit_codes
-from rl_system.commands.attempts import claimed_run, connect, existing_run, guarded, link_logs
+from rl_system.commands.attempts import claimed_run, connect, existing_run, guarded
 from rl_system.config.compose import ConfigError, load_config, to_yaml
 from rl_system.config.schema import TrainConfig
 
@@ -32,8 +32,10 @@ def _train(config: TrainConfig) -> int:
     from rl_system import assembly  # from here on the heavy packages are needed
     from rl_system.runs.report import build_report
     from rl_system.runs.summary import write_summary
+    from rl_system.runs.trackers import check_trackers
 
     try:
+        check_trackers(config.trackers)
         run = existing_run(config, to_yaml(config))
         if run is not None and run.status().get("state") == "done":
             print(f"{run.path} is done; report: {run.report}")
@@ -64,6 +66,7 @@ def _train(config: TrainConfig) -> int:
 def _execute(config: TrainConfig, run: RunDirectory, resumed: bool, source: RowSource) -> dict[str, Any]:
     import ray
 
+    from rl_system.runs.attempt import note_attempt
     from rl_system.runs.progress import Progress
 
     with Progress() as progress:
@@ -71,7 +74,7 @@ def _execute(config: TrainConfig, run: RunDirectory, resumed: bool, source: RowS
         context = connect(config.cluster, config.reward.start_timeout_s)
         from rl_system.training import TrainingRun  # while Ray's own processes come up
 
-        link_logs(run, context)
+        note_attempt(run, context)
         try:
             return asyncio.run(TrainingRun(config, run, resumed, source, progress).execute())
         finally:

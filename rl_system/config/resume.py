@@ -13,6 +13,7 @@ MAY_CHANGE = (
     "overwrite",
     "output_dir",
     "kept_groups",
+    "trackers",
     "cluster.*",
     "rollout.actors",
     "rollout.labels.*",
@@ -48,12 +49,17 @@ def changed_settings(before: str, now: str) -> list[str]:
         before: resolved configuration of the run, YAML.
         now: that of the command that wants to go on with it.
     """
-    old, new = (dict(_leaves(OmegaConf.to_container(OmegaConf.create(text)))) for text in (before, now))
+    old, new = settings_of(before), settings_of(now)
     return [
         f"{key}={new.get(key, 'unset')} (was {old.get(key, 'unset')})"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
     ]
+
+
+def settings_of(config_yaml: str) -> dict[str, Any]:
+    """The settings of a resolved configuration by their full keys, as ``learner.steps``."""
+    return dict(_leaves(OmegaConf.to_container(OmegaConf.create(config_yaml))))
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

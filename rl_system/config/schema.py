@@ -311,6 +311,8 @@ class TrainConfig:
     """``auto``: go on with an unfinished run of this name from its last checkpoint, or start it; ``never``."""
     kept_groups: int = 12
     """How many of the best and of the worst groups are kept with their images."""
+    trackers: list[str] = field(default_factory=list)
+    """Further places for the metrics: ``wandb``, ``mlflow`` (docs/metrics.md)."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

@@ -13,7 +13,7 @@ from ray.actor import ActorHandle
 from actors.pool import RolloutPool
 from learners.protocols import LearnerStart
 from reward_servers.policies import FailurePolicy, RewardFailure, Verdict, failure_reasons
-from rl_system.coordination.ledger import BatchRecord, GroupState, Ledger
+from rl_system.coordination.ledger import LIVE, BatchRecord, GroupState, Ledger
 from rl_system.coordination.scoring import Objects, Scorer
 from vlcot.groups import Group, Prompt, ScoredGroup
 
@@ -53,6 +53,27 @@ class Plan:
     max_staleness: int
     stall_timeout_s: float
     policy: FailurePolicy
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where the coordinator stands.
+
+    Attributes:
+        step: steps trained.
+        training: whether the learner has the batch of the next.
+        groups: that are under way, by state.
+        waits: one line that says since when.
+        quiet_s: seconds since a group got its rewards or a step was done.
+        left_alone: servers that are not asked for a while.
+    """
+
+    step: int
+    training: bool
+    groups: dict[str, int]
+    waits: str
+    quiet_s: float
+    left_alone: tuple[str, ...]
 
 
 class Coordinator:
@@ -103,6 +124,18 @@ class Coordinator:
         """End early: what the learner has it trains, nothing follows; :meth:`run` then returns."""
         self.stopping = True
         self._wake.set()
+
+    def moment(self) -> Moment:
+        """Where it stands."""
+        now, counts = time.monotonic(), self.ledger.counts()
+        return Moment(
+            self._step,
+            bool(self._batch),
+            {str(state): counts[state] for state in LIVE},
+            self.ledger.waiting_for(now),
+            now - self._last_progress,
+            self._scorer.left_alone(),
+        )
 
     async def run(self) -> None:
         """Train to the last step, or until :meth:`stop`.

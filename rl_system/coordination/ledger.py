@@ -36,6 +36,10 @@ _NEXT = {
 }
 
 
+LIVE = (GroupState.ADMITTED, GroupState.GENERATING, GroupState.SCORING, GroupState.READY)
+"""States of a group that holds a slot."""
+
+
 @dataclass
 class LedgerEntry:
     """One admitted group. ``since`` is the clock time of the last change of state, in seconds."""
@@ -167,7 +171,7 @@ class Ledger:
     def waiting_for(self, now: float) -> str:
         """One line that names what every live group waits for."""
         parts = []
-        for state in (GroupState.ADMITTED, GroupState.GENERATING, GroupState.SCORING, GroupState.READY):
+        for state in LIVE:
             since = [now - e.since for e in self._live.values() if e.state is state]
             if since:
                 parts.append(f"{len(since)} {state} (oldest for {max(since):.0f} s)")

@@ -1,4 +1,4 @@
-"""Per-step metrics of the whole pipeline, with the names of docs/metrics (design: every sink alike)."""
+"""Per-step metrics of the whole pipeline, with the names of docs/metrics.md."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PipelineMeter:
         self._generations: list[Interval] = []
         self._rewards: list[Interval] = []
         self._failures: Counter[str] = Counter()
-        self._tokens = self._images = 0
+        self._tokens = self._images = self._asked = 0
         self.max_staleness = 0.0
 
     def generation(self, start: float, end: float) -> None:
@@ -39,6 +39,7 @@ class PipelineMeter:
             self._tokens += len(sample.ids)
             self._images += sum(image is not None for image in sample.images)
             self._failures.update(name for name, score in scores.items() if isinstance(score, Failed))
+            self._asked += sum(isinstance(score, Failed | Scored) for score in scores.values())
 
     def step(self, learner: Mapping[str, float], groups: Sequence[ScoredGroup]) -> dict[str, float]:
         """Metrics of the step that has just been pushed, and a fresh start for the next."""
@@ -57,12 +58,13 @@ class PipelineMeter:
             "throughput/images_per_s": self._images / wall,
         }
         metrics |= {f"failures/{name}": float(self._failures[name]) for name in component_names(self._failures)}
+        metrics["failures/rate"] = self._failures.total() / self._asked if self._asked else 0.0
         self.max_staleness = max(self.max_staleness, metrics.get("staleness/max", 0.0))
         self._step_began = now
         self._generations = [i for i in self._generations if i[1] > now - 60]
         self._rewards.clear()
         self._failures.clear()
-        self._tokens = self._images = 0
+        self._tokens = self._images = self._asked = 0
         return metrics
 
 

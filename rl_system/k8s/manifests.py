@@ -142,7 +142,8 @@ def render(overlay: Path) -> list[Manifest]:
 
 def _origin(doc: dict[str, Any], root: Path) -> str:
     annotations = doc["metadata"].pop("annotations", {})
-    path = (root / yaml.safe_load(annotations.pop(ORIGIN))["path"]).resolve()
+    origin = yaml.safe_load(annotations.pop(ORIGIN))
+    path = (root / (origin.get("path") or origin["configuredIn"])).resolve()  # configuredIn: of what was generated
     if annotations:
         doc["metadata"]["annotations"] = annotations
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -21,6 +21,7 @@ API = {
     "PodDisruptionBudget": "policy/v1",
     "NetworkPolicy": "networking.k8s.io/v1",
     "PodMonitor": "monitoring.coreos.com/v1",
+    "PrometheusRule": "monitoring.coreos.com/v1",
     "RayJob": "ray.io/v1",
     "RayCluster": "ray.io/v1",
     "RayService": "ray.io/v1",

@@ -122,6 +122,16 @@ class RunDirectory:
         return self.path / "timeline.jsonl"
 
     @property
+    def live(self) -> Path:
+        """What the run is doing now (:mod:`rl_system.runs.live`)."""
+        return self.path / "live.json"
+
+    @property
+    def attempts(self) -> Path:
+        """Who worked on the run, where (:mod:`rl_system.runs.attempt`)."""
+        return self.path / "attempts.jsonl"
+
+    @property
     def tensorboard(self) -> Path:
         """TensorBoard event files."""
         return self.path / "tensorboard"

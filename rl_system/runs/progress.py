@@ -49,6 +49,12 @@ class Progress:
             self._live.stop()
             self._live = None
 
+    @property
+    def now(self) -> tuple[str, int, int | None]:
+        """Stage, and how many parts of it are done, of how many (None: not known)."""
+        task = self._bar.tasks[self._task]
+        return task.description, int(task.completed), None if task.total is None else int(task.total)
+
     def stage(self, text: str, done: int = 0, total: int | None = None) -> None:
         """Say what the run is doing; ``done`` of ``total`` parts of it where that is known."""
         self._bar.update(self._task, description=text, completed=done, total=total)

@@ -30,7 +30,7 @@ _STRIP_BYTES, _GROUP_BYTES = 2_600_000, 2_600_000
 """What the pictures of each part may take, so that the report stays below 6 MB."""
 _DRAWN_EVENTS = 160
 _MOVING_STEPS = 5
-_CHARTS: Mapping[str, Mapping[str, Sequence[str]]] = {
+CHARTS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "Rewards in training": {
         "total": ["reward/total"],
         **{name: [f"reward/{name}"] for name in COMPONENTS},
@@ -63,26 +63,36 @@ def build_report(run: RunDirectory) -> Path:
     Returns:
         the path of the report.
     """
-    templates = FileSystemLoader(Path(__file__).with_name("templates"))
-    environment = Environment(loader=templates, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {"figure": _figure, "short": _short, "signed": _signed, "duration": _duration}
     summary = read_summary(run)
-    html = environment.get_template("report.html.j2").render(
-        run=run,
-        label_texts=lambda texts: zip(_TEXT_LABELS, texts, strict=True),
-        status=run.status(),
-        now=time.strftime("%Y-%m-%d %H:%M:%S"),
-        config=run.config.read_text(),
-        summary=summary,
-        engines=yaml.safe_dump(summary["engines"], sort_keys=False) if summary else "",
-        components=COMPONENTS,
-        **_held_out(run),
-        **_training(read_metrics(run.metrics)),
-        timeline=_timeline(read_timeline(run.timeline)),
-        **_groups(read_groups(run.groups)),
+    html = (
+        html_templates()
+        .get_template("report.html.j2")
+        .render(
+            run=run,
+            label_texts=lambda texts: zip(_TEXT_LABELS, texts, strict=True),
+            status=run.status(),
+            now=time.strftime("%Y-%m-%d %H:%M:%S"),
+            config=run.config.read_text(),
+            summary=summary,
+            engines=yaml.safe_dump(summary["engines"], sort_keys=False) if summary else "",
+            components=COMPONENTS,
+            curves_are="Faint: each step; strong: mean of the last five.",
+            **_held_out(run),
+            **_training(read_metrics(run.metrics)),
+            timeline=_timeline(read_timeline(run.timeline)),
+            **_groups(read_groups(run.groups)),
+        )
     )
     write_atomic(run.report, html)
     return run.report
+
+
+def html_templates() -> Environment:
+    """Templates of reports, with the filters ``figure``, ``short``, ``signed`` and ``duration``."""
+    templates = FileSystemLoader(Path(__file__).with_name("templates"))
+    environment = Environment(loader=templates, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters |= {"figure": _figure, "short": _short, "signed": _signed, "duration": _duration}
+    return environment
 
 
 def _held_out(run: RunDirectory) -> dict[str, Any]:
@@ -90,19 +100,19 @@ def _held_out(run: RunDirectory) -> dict[str, Any]:
     pictures = PictureInliner(_STRIP_BYTES)
     return {
         "prompts": len(before.prompts) if before else 0,
-        "comparison": _comparison(before, after, _seed(run)) if before else [],
+        "comparison": held_out_rows(before, after, seed_of(run)) if before else [],
         "strips": _strips(before, after, pictures) if before else [],
     }
 
 
-def _seed(run: RunDirectory) -> int:
+def seed_of(run: RunDirectory) -> int:
     """Seed of the run, so that intervals equal those of the summary."""
     config = yaml.safe_load(run.config.read_text())
     return int(config.get("seed", 0)) if isinstance(config, dict) else 0
 
 
-def _comparison(before: StoredEvaluation, after: StoredEvaluation | None, seed: int) -> list[dict[str, Any]]:
-    """Rows of the table: name, before, after, gain and its interval; None where there is none."""
+def held_out_rows(before: StoredEvaluation, after: StoredEvaluation | None, seed: int) -> list[dict[str, Any]]:
+    """Rows of the table of held-out results: name, before, after, gain and its interval; None where there is none."""
 
     def figure(prompt: Mapping[str, Any], name: str) -> float | None:
         value: float | None = prompt["components"][name] if name in COMPONENTS else prompt[name]
@@ -158,7 +168,7 @@ def _training(steps: Sequence[StepMetrics]) -> dict[str, Any]:
     curves = {name for step in steps for name in step.values}
     sections = {
         title: [_chart(name, [m for m in metrics if m in curves], steps) for name, metrics in charts.items()]
-        for title, charts in _CHARTS.items()
+        for title, charts in CHARTS.items()
     }
     return {
         "last_step": steps[-1].step if steps else 0,

@@ -1,4 +1,4 @@
-"""Where metrics go: a JSON line per step, TensorBoard, or both. Every sink uses the same names."""
+"""Where metrics go: a JSON line per step, TensorBoard, Ray's Prometheus endpoint. Every sink uses the same names."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tensorboardX import SummaryWriter
 
 from rl_system.runs.directory import RunDirectory
 from rl_system.runs.files import JsonLines, cut_json_lines, read_json_lines
+from rl_system.runs.metric_names import MEANINGS, prometheus_name
+
+if TYPE_CHECKING:
+    from ray.util.metrics import Gauge
 
 _RESERVED = ("step", "time_s", "nonfinite")
 
@@ -67,6 +71,34 @@ class TensorBoardSink:
         self._writer.close()
 
 
+class PrometheusSink:
+    """Gauges at the Prometheus endpoint of the Ray node on which this process runs, with the tag ``run``.
+
+    A gauge keeps its last value in steps that have none, and goes when the process ends. Ray must be connected.
+    """
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._gauges: dict[str, Gauge] = {}
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Set the gauge of each metric; ``step`` is in ``weights/version``."""
+        self.show(metrics)
+
+    def show(self, metrics: Mapping[str, float]) -> None:
+        """Set gauges that belong to no step."""
+        from ray.util.metrics import Gauge
+
+        for name, value in metrics.items():
+            if name not in self._gauges:
+                meaning = MEANINGS.get(name, f"{name} (of a reward of the user's own)")
+                self._gauges[name] = Gauge(prometheus_name(name), meaning, tag_keys=("run",))
+            self._gauges[name].set(float(value), {"run": self._run})
+
+    def close(self) -> None:
+        """Nothing is pending: Ray exports by itself."""
+
+
 class CompositeSink:
     """Passes everything on to several sinks."""
 
@@ -84,10 +116,10 @@ class CompositeSink:
             sink.close()
 
 
-def open_sinks(run: RunDirectory, done: int = 0) -> MetricSink:
-    """All sinks of a run: ``metrics.jsonl`` and ``tensorboard/``; they go on behind step ``done``."""
+def open_sinks(run: RunDirectory, done: int = 0, *others: MetricSink) -> MetricSink:
+    """``metrics.jsonl``, ``tensorboard/`` and ``others``; they go on behind step ``done``."""
     cut_json_lines(run.metrics, lambda line: line["step"] <= done)
-    return CompositeSink([JsonlSink(run.metrics), TensorBoardSink(run.tensorboard, done)])
+    return CompositeSink([JsonlSink(run.metrics), TensorBoardSink(run.tensorboard, done), *others])
 
 
 @dataclass(frozen=True)

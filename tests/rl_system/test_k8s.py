@@ -160,3 +160,49 @@ def test_the_command_answers_with_one_line_or_with_2(capsys, monkeypatch, tmp_pa
     for wrong in (["check", "nowhere"], ["render", "nowhere"], ["check", "dev-cpu", "--crds", str(tmp_path)], []):
         assert main(["k8s", *wrong]) == 2
         assert capsys.readouterr().err
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A kubectl that renders as the real one does and writes down whatever else it is asked for."""
+    asked, stand_in = tmp_path / "asked", tmp_path / "bin/kubectl"
+    stand_in.parent.mkdir()
+    real = shutil.which("kubectl")
+    render = f'[ "$1" = kustomize ] && exec {real} "$@"'
+    note = f'echo "$@" >> {asked}; [ "$1" = apply ] && cat >> {asked}'
+    stand_in.write_text(f"#!/bin/sh\n{render}\n{note}\nexit $KUBECTL_SAYS\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stand_in.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("KUBECTL_SAYS", "0")
+    monkeypatch.chdir(K8S.parent)
+    return asked
+
+
+def test_submit_applies_what_it_has_checked(cluster, capsys):
+    assert main(["k8s", "submit", "dev-cpu", "--dry-run"]) == 0
+    command, _, manifests = cluster.read_text().partition("\n")
+    assert command == "apply --dry-run=server --filename -"
+    assert {doc["kind"] for doc in yaml.safe_load_all(manifests)} >= {"RayJob", "NetworkPolicy"}
+    assert "dev-cpu: good" in capsys.readouterr().out
+
+
+def test_submit_sends_nothing_that_the_check_refuses(cluster, tmp_path, capsys):
+    shutil.copytree(K8S, tmp_path / "k8s")
+    overlay = tmp_path / "k8s/overlays/dev-cpu"
+    settings = overlay / "settings.yaml"
+    settings.write_text(settings.read_text().replace(" resume=auto", ""))
+    assert main(["k8s", "submit", str(overlay)]) == 2
+    assert "add resume=auto" in capsys.readouterr().err and not cluster.exists()
+
+
+def test_logs_and_status_ask_kubectl_and_pass_its_failure_on(cluster, monkeypatch):
+    assert main(["k8s", "logs"]) == main(["k8s", "logs", "rollout", "--follow"]) == main(["k8s", "status"]) == 0
+    first, second, third = cluster.read_text().splitlines()
+    assert first.startswith("logs --namespace rl-system --selector app.kubernetes.io/component=submitter")
+    assert "component=rollout" in second and second.endswith("--follow")
+    assert third.startswith("get rayjob,raycluster,rayservice,pod --namespace rl-system")
+    monkeypatch.setenv("KUBECTL_SAYS", "3")
+    assert main(["k8s", "status"]) == 1
+    assert main(["k8s", "logs", "everything"]) == 2
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main(["k8s", "status"]) == 2

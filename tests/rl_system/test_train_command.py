@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from ray._private.services import canonicalize_bootstrap_address
 from rl_system.commands.attempts import connect
 from rl_system.commands.main import main
 from rl_system.config.compose import load_config
+from rl_system.runs.metric_names import GRPO, LIVE, prometheus_name
 from tests.processes import alive
 from vlcot.sequence import CHAIN_TAGS
 
@@ -121,6 +124,7 @@ def test_a_local_run_starts_its_own_ray_even_where_a_cluster_can_be_found(monkey
 def start(tmp_path: Path, name: str, *overrides: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "rl_system", "train", "experiment=toy", f"name={name}", f"output_dir={tmp_path}"]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+    environment["RAY_metrics_report_interval_ms"] = "500"
     return subprocess.Popen(
         [*command, *TINY, *overrides],
         cwd=ROOT,
@@ -147,9 +151,15 @@ def descendants(process: subprocess.Popen) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
+def endpoint(run: Path) -> set[str]:
+    """Names of our metrics at the run's Prometheus endpoint."""
+    with urllib.request.urlopen(lines(run / "attempts.jsonl")[-1]["metrics"], timeout=10) as answer:
+        return set(re.findall(r"^(ray_rl_\w+)\{", answer.read().decode(), re.MULTILINE))
+
+
 @pytest.mark.engine
 @pytest.mark.timeout(900)
-def test_a_tiny_run_is_stopped_goes_on_and_ends_with_a_report_with_every_part_real(tmp_path):
+def test_a_tiny_run_is_stopped_goes_on_and_ends_with_a_report_with_every_part_real(tmp_path, capsys):
     run, settings = tmp_path / "tiny", ["learner.steps=4", "learner.checkpoint_every=1", "resume=auto"]
     process = start(tmp_path, "tiny", *settings)
     said = []
@@ -165,9 +175,21 @@ def test_a_tiny_run_is_stopped_goes_on_and_ends_with_a_report_with_every_part_re
     assert stopped in ([1], [1, 2], [1, 2, 3]), "".join(said)
 
     process = start(tmp_path, "tiny", *settings)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output[-4000:]
+    said, seen, asked = [], set(), ""
+    for line in process.stdout:
+        said.append(line)
+        if line.startswith("step "):
+            assert main(["status", str(run)]) == 0
+            asked = capsys.readouterr().out
+        if line.startswith("evaluating after"):  # the endpoint is as old as half a second
+            for _ in range(4):
+                time.sleep(0.5)
+                seen |= endpoint(run)
+    output = "".join(said)
+    assert process.wait() == 0, output[-4000:]
     assert "evaluating before" not in output
+    for shown in ("stage: training", "rollout 0", "grounded_sam", "qwen_vl", "learner", "attempt 2", "reward "):
+        assert shown in asked
     rows = [row for record in lines(run / "journal.jsonl") for row in record["rows"].values()]
     order = np.random.default_rng([0, 0]).permutation(4096)
     assert rows == [f"epoch-0/train/{index:06d}" for index in order[:8]]
@@ -185,6 +207,13 @@ def test_a_tiny_run_is_stopped_goes_on_and_ends_with_a_report_with_every_part_re
     metrics = lines(run / "metrics.jsonl")
     assert [record["step"] for record in metrics] == [1, 2, 3, 4]
     assert [record["weights/version"] for record in metrics] == [1, 2, 3, 4]
+    written = [record.keys() - {"step", "time_s"} for record in metrics]
+    documented = {metric.name for metric in GRPO}
+    assert all({metric.name for metric in GRPO if not metric.absent} <= names <= documented for names in written)
+    live = {metric.name for metric in LIVE}
+    assert {f"ray_{prometheus_name(name)}" for name in live.union(*written[len(stopped) :])} == seen
+    groups = {row["group_id"] for row in lines(run / "logs" / "driver.jsonl") if "group_id" in row}
+    assert {f"epoch-0/train/{index:06d}" for index in order[:8]} <= groups
     assert metrics[0]["mismatch/max"] < 1e-4  # sampler and learner agree on fresh samples (pitfall 22)
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     assert (run / "report.html").stat().st_size > 10_000

@@ -1,0 +1,63 @@
+"""The log of a run's driver: one JSON object per line, with the run's name, and step and group where there is one."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+from rl_system.runs.directory import RunDirectory, RunStopped
+
+_OURS = ("rl_system", "actors", "reward_servers", "learners")
+_FIELDS = ("step", "group_id")
+"""What a call may give in ``extra``."""
+
+
+class JsonFormatter(logging.Formatter):
+    """``time`` (UTC), ``level``, ``logger``, ``run``, ``message``; ``step``, ``group_id``, ``exception`` if any."""
+
+    def __init__(self, run: str) -> None:
+        super().__init__()
+        self._run = run
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "run": self._run,
+            "message": record.getMessage(),
+            **{name: getattr(record, name) for name in _FIELDS if hasattr(record, name)},
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+@contextmanager
+def driver_log(run: RunDirectory) -> Iterator[None]:
+    """Append this process's log to ``logs/driver.jsonl``: all of our own, of Ray warnings and errors.
+
+    An exception that leaves the block is logged with its traceback.
+    """
+    handler = logging.FileHandler(run.logs / "driver.jsonl")
+    handler.setFormatter(JsonFormatter(run.name))
+    loggers = [logging.getLogger(name) for name in (*_OURS, "ray")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.WARNING if logger.name == "ray" else logging.INFO)
+    try:
+        yield
+    except Exception as error:
+        level = logging.INFO if isinstance(error, RunStopped) else logging.ERROR
+        logging.getLogger(__name__).log(level, "%s: %s", type(error).__name__, error, exc_info=True)
+        raise
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+        handler.close()
