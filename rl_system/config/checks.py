@@ -6,9 +6,9 @@ import math
 import re
 from pathlib import Path
 
-from rl_system.config.schema import AutoscalingConfig, TrainConfig
+from rl_system.config.schema import AutoscalingConfig, LoraConfig, TrainConfig
 from rl_system.config.servers import EXPERTS, OBJECTS, checkpoints, own_servers
-from vlcot.policy.family import Family
+from vlcot.policy.family import Family, read_config
 from vlcot.rewards import COMPONENTS, METRIC_EXPERTS, ExpertWeights
 
 _SERVERS = ("grounded_sam", "qwen_vl", "iqa")
@@ -42,6 +42,7 @@ def check_settings(config: TrainConfig) -> None:
     _check_labels(config)
     for name in _SERVERS:
         _check_autoscaling(f"reward.{name}.autoscaling", getattr(config.reward, name).autoscaling)
+    _check_lora(config)
     ExpertWeights(**vars(config.reward.expert_weights))
     _check_asking(config)
 
@@ -110,6 +111,22 @@ def _check_choices(config: TrainConfig) -> None:
         raise ValueError(f"data.tags={data.tags} belongs to data=folder; data.source={data.source} names its objects")
     if config.reward.objects == "file" and data.source == "folder" and data.tags is None:
         raise ValueError("reward.objects=file needs data.tags=DIR, a folder with the names of each image's objects")
+
+
+def _check_lora(config: TrainConfig) -> None:
+    from rl_system import assembly
+
+    learner = config.learner
+    if assembly.lora_spec(config) is None:
+        changed = sorted(name for name, value in vars(learner.lora).items() if value != getattr(LoraConfig(), name))
+        if changed:
+            raise ValueError(
+                f"learner.lora.{changed[0]} has no meaning with learner.lora.rank=0: there are no adapters"
+            )
+    elif learner.offload_reference:
+        raise ValueError(
+            "learner.offload_reference=true has nothing to move with learner.lora: its reference is the frozen policy"
+        )
 
 
 def _check_labels(config: TrainConfig) -> None:
@@ -240,6 +257,8 @@ def _check_servers(config: TrainConfig) -> None:
 
 
 def _check_checkpoints(config: TrainConfig) -> None:
+    from rl_system import assembly
+
     for key, directory in checkpoints(config).items():
         path = Path(directory)
         if not (path / "config.json").is_file():
@@ -250,6 +269,8 @@ def _check_checkpoints(config: TrainConfig) -> None:
         family = Family.from_pretrained(config.policy.path)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"policy.path={config.policy.path}: {error}") from error
+    if lora := assembly.lora_spec(config):
+        lora.check(read_config(config.policy.path))
     image_tokens = sum(len(block) + 1 for block in family.grammar.blocks)
     if config.rollout.max_new_tokens <= image_tokens:
         raise ValueError(
