@@ -118,11 +118,10 @@ def _check_lora(config: TrainConfig) -> None:
 
     learner = config.learner
     if assembly.lora_spec(config) is None:
-        changed = sorted(name for name, value in vars(learner.lora).items() if value != getattr(LoraConfig(), name))
-        if changed:
-            raise ValueError(
-                f"learner.lora.{changed[0]} has no meaning with learner.lora.rank=0: there are no adapters"
-            )
+        usual = LoraConfig()
+        for name, value in vars(learner.lora).items():
+            if value != getattr(usual, name):
+                raise ValueError(f"learner.lora.{name}={value} has no meaning without adapters (learner.lora.rank=0)")
     elif learner.offload_reference:
         raise ValueError(
             "learner.offload_reference=true has nothing to move with learner.lora: its reference is the frozen policy"

@@ -84,8 +84,8 @@ def saved_by_layer(
     prompt's for each chain (``vlcot.policy.attention.joined_keys``).
 
     Under LoRA the norms keep no normalised input, for their weights are frozen, and a projection keeps its input only
-    for an adapter. An adapter keeps its ``rank`` values, and with dropout a copy of its input and a mask (a byte on CUDA,
-    of the input's dtype on a CPU).
+    for an adapter. An adapter keeps its ``rank`` values, and with dropout a copy of its input and a mask (a byte on
+    CUDA, of the input's dtype on a CPU).
     """
     hidden, query, keys, wide = shape.hidden_size, shape.hidden_size, shape.key_value_size, shape.intermediate_size
     tokens = micro.tokens
