@@ -90,6 +90,7 @@ def _check_choices(config: TrainConfig) -> None:
         "grpo.kl": (config.grpo.kl, ("k1", "k2", "k3")),
         "grpo.advantage_std": (config.grpo.advantage_std, ("unbiased", "population", "none")),
         "rollout.dtype": (config.rollout.dtype, ("float32", "bfloat16")),
+        "rollout.push_backend": (config.rollout.push_backend, ("object_store", "gloo", "nccl")),
         "learner.dtype": (config.learner.dtype, ("float32", "bfloat16")),
         "reward.objects": (config.reward.objects, tuple(OBJECTS)),
         "reward.expert": (config.reward.expert, tuple(EXPERTS)),
@@ -106,6 +107,11 @@ def _check_choices(config: TrainConfig) -> None:
             raise ValueError(f"{key}={value} is not known; allowed: {', '.join(allowed)}")
     if config.resume == "auto" and config.overwrite:
         raise ValueError("resume=auto goes on with an existing run, overwrite=true moves it aside; choose one")
+    if config.rollout.push_backend == "nccl" and not (config.rollout.num_gpus and config.learner.use_gpu):
+        raise ValueError(
+            "rollout.push_backend=nccl needs GPUs on both sides: rollout.num_gpus of at least 1 and "
+            "learner.use_gpu=true; without them: object_store, gloo"
+        )
     data = config.data
     if data.tags is not None and data.source != "folder":
         raise ValueError(f"data.tags={data.tags} belongs to data=folder; data.source={data.source} names its objects")

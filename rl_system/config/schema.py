@@ -53,6 +53,8 @@ class RolloutConfig:
     num_cpus: float = 1
     num_gpus: float = 0
     threads: int = 1
+    push_backend: str = "object_store"
+    """How new weights reach the actors: ``object_store`` (Ray's), or broadcast over ``nccl`` (GPUs) or ``gloo``."""
     labels: dict[str, str] = field(default_factory=dict)
     """Ray labels of the nodes that may hold an actor, as ``{rl.io/pool: rollout}``; empty: any node."""
     start_timeout_s: float = 600
