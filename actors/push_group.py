@@ -199,7 +199,7 @@ class Sender:
 
 
 def _gloo(store: dist.Store, seat: Seat, timeout: timedelta) -> Any:
-    options = dist.ProcessGroupGloo._Options()
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timeout
     # The address that Ray knows this machine by: by its name, gloo may take a network that others cannot reach.
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=ray.util.get_node_ip_address())]
