@@ -14,6 +14,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from actors.errors import EngineLostError, StaleWeightsError
 from actors.nodes import offered, said
 from actors.push import StoredPush
+from actors.push_group import PushBackend
 from actors.rollout_actor import RolloutActor, process_environment
 from actors.spec import RolloutSpec
 from actors.weight_sink import ActorWeightSink
@@ -163,9 +164,9 @@ class RolloutPool:
         """Handles of all actors; they stay valid over restarts."""
         return list(self._handles)
 
-    def weight_sink(self) -> ActorWeightSink:
-        """Where the learner sends weights for this pool (picklable)."""
-        return ActorWeightSink(self._handles, self._store)
+    def weight_sink(self, backend: PushBackend = "object_store") -> ActorWeightSink:
+        """Where the learner sends weights for this pool, and how (picklable)."""
+        return ActorWeightSink(self._handles, self._store, backend=backend)
 
     def ready_info(self) -> list[dict[str, Any]]:
         """What each actor said when it was ready (:meth:`RolloutActor.ready`)."""

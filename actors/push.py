@@ -60,6 +60,11 @@ class IncomingPush:
         nbytes = sum(spec.nbytes for bucket in layout for spec in bucket)
         self.directory = Path(tempfile.mkdtemp(prefix=f"vlcot-push-{version}-", dir=_roomy_directory(nbytes)))
 
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each bucket."""
+        return [sum(spec.nbytes for spec in bucket) for bucket in self._layout]
+
     def write(self, index: int, data: np.ndarray) -> None:
         """Store bucket ``index`` (uint8) and take the checksum of each of its tensors.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ import numpy as np
 from actors.decoding import Decoding
 from actors.errors import EngineLostError, PushLostError, StaleWeightsError
 from actors.push import IncomingPush, LoadReport, StoredPush
+from actors.push_group import PushGroup, Seat, receive_all
 from actors.samples import RawSample, build_samples, request_seed
 from actors.spec import RolloutSpec
 from actors.vllm_plugin import GRAMMAR_PROCESSOR, WEIGHT_TRANSFER_BACKEND
@@ -73,6 +75,9 @@ class RolloutActor:
         self._engine = _start_engine(spec, self._engine_seed)
         self._version = 0
         self._pushes: dict[int, IncomingPush] = {}
+        self._process = uuid.uuid4().hex
+        self._group: PushGroup | None = None
+        self._receiving = asyncio.Lock()
         self._loading = asyncio.Lock()
         self._prepared = False
         self._broken = ""
@@ -115,6 +120,8 @@ class RolloutActor:
 
     def shutdown(self) -> None:
         """End the engine and its processes."""
+        if self._group is not None:
+            self._group.close()
         for push in self._pushes.values():
             push.discard()
         self._engine.shutdown()
@@ -203,11 +210,41 @@ class RolloutActor:
 
     # --- weights ----------------------------------------------------------------------------------------
 
-    async def begin(self, version: int, layout: Sequence[Bucket]) -> None:
-        """Expect a push of ``version``; an earlier, unfinished one of that version is dropped."""
+    async def begin(self, version: int, layout: Sequence[Bucket]) -> str:
+        """Expect a push of ``version``; an earlier, unfinished one of that version is dropped.
+
+        Returns:
+            A name of this process: another one after a restart.
+        """
         if old := self._pushes.pop(version, None):
             old.discard()
         self._pushes[version] = IncomingPush(version, layout)
+        return self._process
+
+    async def join(self, seat: Seat) -> None:
+        """Become a member of a push group, in place of the last one.
+
+        Raises:
+            PushLostError: the others did not come in time.
+        """
+        if self._group is not None:
+            self._group.close()  # ends what waits in it
+        async with self._receiving:
+            self._group = await asyncio.to_thread(PushGroup, seat)
+
+    async def take(self, version: int) -> None:
+        """:meth:`receive` all buckets of push ``version``, in order, as they are broadcast; generation goes on.
+
+        Raises:
+            PushLostError: the push was not begun in this process, or the group broke.
+        """
+        async with self._receiving:
+            push = self._push(version)
+            try:
+                await asyncio.to_thread(receive_all, self._group, push)
+            except BaseException:
+                self._pushes.pop(version).discard()
+                raise
 
     async def receive(self, version: int, index: int, data: np.ndarray) -> None:
         """Take bucket ``index`` (uint8) of push ``version``; generation goes on.

@@ -12,6 +12,7 @@ from ray.exceptions import RayActorError
 
 from actors.errors import EngineLostError, PushLostError
 from actors.push import LoadReport
+from actors.push_group import PushBackend, Seat, Sender
 from vlcot.weights import Bucket, PushReport
 
 PHASES = ("transfer", "verify", "pause", "load", "resume")
@@ -29,9 +30,21 @@ class ActorWeightSink:
         actors: handles of :class:`actors.rollout_actor.RolloutActor`.
         store: handle of :class:`actors.weight_store.WeightStore`.
         timeout_s: for each phase, after which the push fails.
+        backend: how buckets reach the actors. By broadcast, the store has its copy for those that missed the push.
+        bucket_timeout_s: for a bucket to be broadcast, and for the actors to meet for it.
     """
 
-    def __init__(self, actors: Sequence[ActorHandle], store: ActorHandle, timeout_s: float = 600.0) -> None:
+    def __init__(
+        self,
+        actors: Sequence[ActorHandle],
+        store: ActorHandle,
+        timeout_s: float = 600.0,
+        backend: PushBackend = "object_store",
+        bucket_timeout_s: float = 60.0,
+    ) -> None:
+        self._backend = backend
+        self._bucket_timeout_s = bucket_timeout_s
+        self._sender: Sender | None = None
         self._actors = list(actors)
         self._store = store
         self._timeout_s = timeout_s
@@ -57,9 +70,12 @@ class ActorWeightSink:
         self._live = [] if self._served > version else list(self._actors)
         self._calls, self._stored = [], []
         self._call_all(lambda actor: actor.begin.remote(version, layout))
+        if self._backend != "object_store" and self._live:
+            self._gather()
 
     def send(self, index: int, data: np.ndarray) -> None:
-        """Hand over bucket ``index``: stored once, fetched by every actor; returns before it has arrived.
+        """Hand over bucket ``index``: stored once, and fetched by every actor; returns before it has arrived. Or
+        broadcast: returns when it was sent.
 
         Raises:
             ray.exceptions.GetTimeoutError: an earlier bucket was not stored in time.
@@ -70,7 +86,10 @@ class ActorWeightSink:
             ray.get(self._stored.pop(0), timeout=self._timeout_s)
         stored = self._store.put.remote(index, data)
         self._stored.append(stored)
-        self._call_all(lambda actor: actor.fetch.remote(self._version, index, stored))
+        if self._sender is None:
+            self._call_all(lambda actor: actor.fetch.remote(self._version, index, stored))
+        else:
+            self._sender.send(data)
 
     def finish(self, checksums: Mapping[str, int]) -> PushReport:
         """Load on every live actor, verify each tensor, serve the new version.
@@ -89,6 +108,18 @@ class ActorWeightSink:
         ray.get(self._store.commit.remote(dict(checksums)), timeout=self._timeout_s)
         seconds = {phase: max((r.seconds[phase] for r in reports), default=0.0) for phase in PHASES}
         return PushReport(self._version, seconds, self._nbytes, len(reports))
+
+    def _gather(self) -> None:
+        """Meet with the processes of the actors that are there; each then waits for the buckets."""
+        processes = self._collect()
+        if self._sender is None:
+            self._sender = Sender(self._backend, ray.util.get_node_ip_address(), self._bucket_timeout_s)
+        self._sender.gather(processes, self._invite)
+        if self._sender.open:
+            self._call_all(lambda actor: actor.take.remote(self._version))
+
+    def _invite(self, seats: Sequence[Seat]) -> None:
+        self._calls += [(actor, actor.join.remote(seat)) for actor, seat in zip(self._live, seats, strict=True)]
 
     def _call_all(self, call: Callable[[ActorHandle], Any]) -> None:
         self._calls += [(actor, call(actor)) for actor in self._live]

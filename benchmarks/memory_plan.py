@@ -2,7 +2,8 @@
 
 ``bases``: the toy with next to no policy and cache; what the plan says of its models is subtracted, and the rest, the
 libraries, is written into ``rl_system/doctor/bases.yaml``. ``toy``: the toy as shipped, for a few steps. ``large``: the
-toy with a policy of 58 M random values, where a rank is mostly model. The last two are compared with the plan.
+toy with a policy of 58 M random values, where a rank is mostly model. ``lora``: the same with adapters. The last three
+are compared with the plan.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ RUNS = {
     ),
     "toy": (*FEW, "learner.steps=4"),
     "large": (*FEW, *SMALL, "learner.steps=2"),
+    "lora": (*FEW, *SMALL, "learner.steps=2", "learner.lora.rank=8"),
 }
 POLICIES = {
     "bases": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "heads": 1},
     "large": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "heads": 12},
 }
+POLICIES["lora"] = POLICIES["large"]
 TESTED = 0.1
 """Share of a process's peak that is its model's; below, the comparison says nothing of the model's part."""
 

@@ -13,13 +13,16 @@ import ray.train
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import nn
 
+from learners.adapters import Weight, write_adapters
 from learners.engine import ShardedPolicy, gathered
 from learners.protocols import ProgressSink
+from learners.spec import LearnerSpec
 
 POLICY_FILES = ("tokenizer.json", "generation_config.json")
 """Files of a policy directory, beside config and weights, that training does not change."""
+ADAPTER_DIR = "adapter"
+"""Directory of a policy trained with LoRA that holds the adapters alone."""
 
 
 def save_checkpoint(policy: ShardedPolicy, step: int, metrics: dict[str, float]) -> None:
@@ -57,34 +60,40 @@ def restore_checkpoint(policy: ShardedPolicy) -> int:
     return int(state["step"])
 
 
-def export_policy(
-    parameters: Mapping[str, nn.Parameter], dtype: str, source: str | Path, directory: str | Path
-) -> None:
-    """Write whole weights as a policy directory that can be ``policy_path`` of a later run. Collective.
+def export_policy(policy: ShardedPolicy, spec: LearnerSpec, directory: str | Path) -> None:
+    """Write the weights as a policy directory that can be ``policy_path`` of a later run. Collective.
 
     Rank 0 writes into a temporary neighbour that then takes the place of ``directory``: a reader sees the old
-    policy or the new one.
-
-    Args:
-        parameters: by name.
-        dtype: of the weights, written into ``config.json``.
-        source: policy directory that training started from; gives config and tokenizer.
+    policy or the new one. With LoRA the weights are the merged ones, and peft's files are in :data:`ADAPTER_DIR`
+    (not beside the weights, where transformers would put the adapters on top of them once more).
     """
-    tensors = {}
-    for name, parameter in parameters.items():
-        with gathered([parameter]):
-            if dist.get_rank() == 0:
-                tensors[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    tensors = _whole(policy.weights())
+    factors = _whole(policy.adapters())
     if dist.get_rank() == 0:
-        _write_policy(tensors, dtype, Path(source), Path(directory))
+        _write_policy(tensors, factors, spec, Path(directory))
     dist.barrier()
 
 
-def _write_policy(tensors: dict[str, torch.Tensor], dtype: str, source: Path, target: Path) -> None:
+def _whole(weights: Mapping[str, Weight]) -> dict[str, torch.Tensor]:
+    """Copies of the tensors on rank 0's CPU; empty on the others."""
+    tensors = {}
+    for name, weight in weights.items():
+        with gathered(weight.parameters):
+            if dist.get_rank() == 0:
+                tensors[name] = weight.value().to("cpu", copy=True).contiguous()
+    return tensors
+
+
+def _write_policy(
+    tensors: Mapping[str, torch.Tensor], factors: Mapping[str, torch.Tensor], spec: LearnerSpec, target: Path
+) -> None:
+    source = Path(spec.policy_path)
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((source / "config.json").read_text()) | {"dtype": dtype}
+    save_file(dict(tensors), fresh / "model.safetensors", metadata={"format": "pt"})
+    if spec.lora is not None:
+        write_adapters(factors, spec.lora, source, fresh / ADAPTER_DIR)
+    config = json.loads((source / "config.json").read_text()) | {"dtype": spec.dtype}
     (fresh / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for name in POLICY_FILES:
         if (source / name).is_file():

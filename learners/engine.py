@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
+from learners.adapters import Weight, add_adapters, base_only, factors_of, weights_of
 from learners.batching import MicroBatch
 from learners.spec import LearnerSpec
 from vlcot.policy.family import Family
@@ -93,17 +95,24 @@ class ShardedPolicy:
         policy = VlcotForCausalLM.from_pretrained(
             path, dtype=getattr(torch, spec.dtype), attn_implementation="sdpa", local_files_only=True
         )
+        lora = spec.lora if trainable else None
+        policy.requires_grad_(trainable)
+        if lora is not None:
+            add_adapters(policy, lora, spec.seed)
         if trainable and spec.activation_checkpointing:
             # The other kind compares shapes of kept and recomputed tensors, and ZeRO-3 frees parameters between them.
             policy.gradient_checkpointing_enable({"use_reentrant": True})
+            if lora is not None:
+                policy.enable_input_require_grads()  # reentrant: a layer whose input needs no gradient would have none
         if dropout:
             _drop_residuals(policy, dropout)
         self.family = Family.from_pretrained(path)
         module = ScoreModule(policy, SupportTable.of(self.family.grammar, device), spec.temperature)
-        module.train(trainable).requires_grad_(trainable)
+        module.train(trainable)
         optimizer = _adamw(module, spec) if trainable else None
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self._ranks = torch.distributed.get_world_size()
+        self._adapted = lora is not None
 
     def logprobs(self, micro: MicroBatch) -> torch.Tensor:
         """float32 [B, S] of the chains' ids under these weights and the sampling distribution."""
@@ -142,9 +151,17 @@ class ShardedPolicy:
         """Parameters by their name in a checkpoint; whole only inside :func:`gathered`."""
         return {name.removeprefix(_PREFIX): p for name, p in self._engine.module.named_parameters()}
 
+    def weights(self) -> dict[str, Weight]:
+        """The tensors of the policy by their name in a checkpoint, adapters merged into them."""
+        return {name.removeprefix(_PREFIX): weight for name, weight in weights_of(self._engine.module).items()}
+
+    def adapters(self) -> dict[str, Weight]:
+        """The adapters' own tensors by name; none without LoRA."""
+        return {name.removeprefix(_PREFIX): factor for name, factor in factors_of(self._engine.module).items()}
+
     def save(self, directory: str, state: dict[str, Any]) -> None:
-        """Write this rank's shards, and ``state`` beside them."""
-        self._engine.save_checkpoint(directory, tag=_TAG, client_state=state)
+        """Write this rank's shards, and ``state`` beside them. Frozen weights are where they were loaded from."""
+        self._engine.save_checkpoint(directory, tag=_TAG, client_state=state, exclude_frozen_parameters=self._adapted)
 
     def load(self, directory: str) -> dict[str, Any]:
         """Load what :meth:`save` wrote and return its state.
@@ -152,10 +169,34 @@ class ShardedPolicy:
         Raises:
             RuntimeError: no checkpoint there, or one of another number of ranks.
         """
-        path, state = self._engine.load_checkpoint(directory, tag=_TAG)
+        path, state = self._engine.load_checkpoint(directory, tag=_TAG, load_module_strict=not self._adapted)
         if path is None:
             raise RuntimeError(f"no learner checkpoint of {self._ranks} ranks in {directory}")
         return state
+
+
+class Reference(Protocol):
+    """A frozen policy that the KL is to."""
+
+    def logprobs(self, micro: MicroBatch) -> torch.Tensor:
+        """As :meth:`ShardedPolicy.logprobs`."""
+
+
+class BasePolicy:
+    """The policy as it was before its adapters: the same shards."""
+
+    def __init__(self, policy: ShardedPolicy) -> None:
+        self._policy = policy
+
+    def logprobs(self, micro: MicroBatch) -> torch.Tensor:
+        """As :meth:`ShardedPolicy.logprobs`."""
+        with base_only(self._policy._engine.module):
+            return self._policy.logprobs(micro)
+
+
+def seed_step(spec: LearnerSpec, step: int) -> None:
+    """Dropout of a step is drawn from the seed, the step and the rank, so that a step repeated is the same step."""
+    torch.manual_seed(int(np.random.default_rng([spec.seed, step, torch.distributed.get_rank()]).integers(2**63)))
 
 
 @contextmanager
@@ -170,11 +211,6 @@ def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         yield
 
 
-def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Shape of the whole parameter, whatever part of it is here."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
 def _drop_residuals(policy: VlcotForCausalLM, share: float) -> None:
     def drop(module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
         return nn.functional.dropout(output, share, module.training)
@@ -185,11 +221,13 @@ def _drop_residuals(policy: VlcotForCausalLM, share: float) -> None:
 
 
 def _adamw(module: nn.Module, spec: LearnerSpec) -> torch.optim.AdamW:
-    plain = {name for name, _ in module.named_parameters() if "norm" in name or name.endswith("bias")}
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    plain = {name for name in trained if "norm" in name or name.endswith("bias")}
     groups = [
-        {"params": [p for n, p in module.named_parameters() if n not in plain], "weight_decay": spec.weight_decay},
-        {"params": [p for n, p in module.named_parameters() if n in plain], "weight_decay": 0.0},
+        {"params": [p for name, p in trained.items() if name not in plain], "weight_decay": spec.weight_decay},
+        {"params": [p for name, p in trained.items() if name in plain], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]  # DeepSpeed makes shards of each; adapters fill one
     return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas, eps=ADAM_EPS)
 
 

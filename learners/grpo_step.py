@@ -16,7 +16,7 @@ from learners.batching import (
     idle_micro_batch,
     plan_micro_batches,
 )
-from learners.engine import ShardedPolicy
+from learners.engine import Reference, ShardedPolicy, seed_step
 from learners.spec import LearnerSpec
 from vlcot.groups import ScoredGroup
 from vlcot.grpo import LossOutput, LossStats, finalise, grpo_loss
@@ -24,7 +24,7 @@ from vlcot.grpo import LossOutput, LossStats, finalise, grpo_loss
 
 def grpo_step(
     policy: ShardedPolicy,
-    reference: ShardedPolicy | None,
+    reference: Reference | None,
     groups: Sequence[ScoredGroup],
     step: int,
     spec: LearnerSpec,
@@ -52,6 +52,7 @@ def grpo_step(
     metrics = {**batch.metrics, "failures/steps_skipped": float(batch.denominators.tokens == 0)}
     if batch.denominators.tokens == 0:
         return metrics
+    seed_step(spec, step)
     micros = [m.to(device) for m in _micro_batches(batch, policy, spec)]
     references = _frozen_logprobs(reference, micros)
     metrics["time/reference"] = time.perf_counter() - started
@@ -85,7 +86,7 @@ def _micro_batches(batch: StepBatch, policy: ShardedPolicy, spec: LearnerSpec) -
 
 
 @torch.no_grad()
-def _frozen_logprobs(policy: ShardedPolicy | None, micros: list[MicroBatch]) -> list[torch.Tensor | None]:
+def _frozen_logprobs(policy: Reference | None, micros: list[MicroBatch]) -> list[torch.Tensor | None]:
     if policy is None:
         return [None] * len(micros)
     return [policy.logprobs(micro) for micro in micros]

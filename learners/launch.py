@@ -66,7 +66,7 @@ class WorkerGroup:
 
     Raises:
         FileNotFoundError: no checkpoint at ``policy_path`` or ``reference_path``.
-        ValueError: a ``config.json`` that cannot be read.
+        ValueError: a ``config.json`` that cannot be read, or a rank of LoRA that is too large for it.
     """
 
     def __init__(
@@ -80,7 +80,9 @@ class WorkerGroup:
     ) -> None:
         for path in (loop.spec.policy_path, loop.spec.reference_path):
             if path is not None:
-                read_config(path)
+                config = read_config(path)
+                if loop.spec.lora is not None:
+                    loop.spec.lora.check(config)
         self.policy_path = Path(loop.export_path)
         self._function = function
         self._loop = loop

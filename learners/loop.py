@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from learners.checkpoints import checkpoint, export_policy, restore_checkpoint
-from learners.engine import ShardedPolicy, engine_versions, join_process_group
+from learners.engine import BasePolicy, Reference, ShardedPolicy, engine_versions, join_process_group
 from learners.grpo_step import grpo_step
 from learners.protocols import LearnerStart, LoopConfig
 from learners.publisher import Publisher
@@ -34,8 +34,8 @@ def train_loop(config: dict[str, Any]) -> int:
     device = join_process_group(spec)
     leader = dist.get_rank() == 0
     policy = ShardedPolicy(spec.policy_path, spec, device, trainable=True)
-    reference = _reference(spec, device)
-    publisher = Publisher(policy.parameters(), spec.bucket_bytes)
+    reference = _reference(policy, spec, device)
+    publisher = Publisher(policy.weights(), spec.bucket_bytes)
     done = saved = restore_checkpoint(policy)
     if done:
         publisher.push(done, loop.sink)  # actors may serve older weights, or those of steps that are lost
@@ -60,11 +60,13 @@ def train_loop(config: dict[str, Any]) -> int:
             saved = checkpoint(policy, done, metrics, loop.progress)
     if saved != done:
         checkpoint(policy, done, metrics, loop.progress)
-    export_policy(policy.parameters(), spec.dtype, spec.policy_path, Path(loop.export_path))
+    export_policy(policy, spec, Path(loop.export_path))
     return done
 
 
-def _reference(spec: LearnerSpec, device: torch.device) -> ShardedPolicy | None:
+def _reference(policy: ShardedPolicy, spec: LearnerSpec, device: torch.device) -> Reference | None:
     if spec.reference_path is None:
         return None
+    if spec.lora is not None:
+        return BasePolicy(policy)
     return ShardedPolicy(spec.reference_path, spec, device, trainable=False)

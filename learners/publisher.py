@@ -8,31 +8,31 @@ from collections.abc import Mapping
 import torch.distributed as dist
 from torch import nn
 
-from learners.engine import gathered, whole_shape
+from learners.adapters import Weight
+from learners.engine import gathered
 from vlcot.weights import Bucket, TensorSpec, WeightSink, checksum, pack, plan_buckets
 
 
-def weight_layout(parameters: Mapping[str, nn.Parameter], bucket_bytes: int) -> tuple[Bucket, ...]:
-    """Buckets of whole parameters, in the order of the model; never asks a shard for its size."""
-    specs = [TensorSpec(name, whole_shape(p), str(p.dtype).removeprefix("torch.")) for name, p in parameters.items()]
-    return plan_buckets(specs, bucket_bytes)
+def weight_layout(weights: Mapping[str, Weight], bucket_bytes: int) -> tuple[Bucket, ...]:
+    """Buckets of whole tensors, in the order of the model; never asks a shard for its size."""
+    return plan_buckets([TensorSpec(name, w.shape, w.dtype) for name, w in weights.items()], bucket_bytes)
 
 
 class Publisher:
     """Gathers one bucket at a time on all ranks; only rank 0 copies, checks and sends. Every method is collective."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], bucket_bytes: int) -> None:
-        self._parameters = parameters
-        self._layout = weight_layout(parameters, bucket_bytes)
+    def __init__(self, weights: Mapping[str, Weight], bucket_bytes: int) -> None:
+        self._weights = weights
+        self._layout = weight_layout(weights, bucket_bytes)
         self._leader = dist.get_rank() == 0
 
     def checksums(self) -> dict[str, int]:
         """XXH3 of every whole tensor on rank 0; empty on the others."""
         found: dict[str, int] = {}
         for bucket in self._layout:
-            with gathered([self._parameters[spec.name] for spec in bucket]):
+            with gathered(self._parts(bucket)):
                 if self._leader:
-                    found |= {spec.name: checksum(self._parameters[spec.name]) for spec in bucket}
+                    found |= {spec.name: checksum(self._weights[spec.name].value()) for spec in bucket}
         return found
 
     def push(self, version: int, sink: WeightSink) -> dict[str, float]:
@@ -53,9 +53,9 @@ class Publisher:
             sink.begin(version, self._layout)
         for index, bucket in enumerate(self._layout):
             gather_started = time.perf_counter()
-            with gathered([self._parameters[spec.name] for spec in bucket]):
+            with gathered(self._parts(bucket)):
                 if self._leader:
-                    tensors = {spec.name: self._parameters[spec.name].detach().cpu() for spec in bucket}
+                    tensors = {spec.name: self._weights[spec.name].value().cpu() for spec in bucket}
                     data = pack(bucket, tensors)  # copies: the gathered values are gone after this block
                     sums |= {name: checksum(tensor) for name, tensor in tensors.items()}
                     del tensors
@@ -76,3 +76,6 @@ class Publisher:
             "weights/bytes": float(report.nbytes),
             "weights/receivers": float(report.receivers),
         }
+
+    def _parts(self, bucket: Bucket) -> list[nn.Parameter]:
+        return [parameter for spec in bucket for parameter in self._weights[spec.name].parameters]

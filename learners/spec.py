@@ -3,13 +3,76 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from vlcot.grpo import AdvantageConfig, LossConfig
 
 Schedule = Literal["constant", "cosine"]
 Dtype = Literal["float32", "bfloat16"]
+
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Linear layers of a decoder layer."""
+
+
+def linear_shapes(hidden: int, key_values: int, wide: int) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of each of :data:`LINEAR_LAYERS`, from the widths of stream, all key heads and MLP."""
+    square, keys, up, down = (hidden, hidden), (key_values, hidden), (wide, hidden), (hidden, wide)
+    return dict(zip(LINEAR_LAYERS, (square, keys, keys, square, up, up, down), strict=True))
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Low-rank adapters in place of training every weight (:mod:`learners.adapters`).
+
+    Attributes:
+        rank: of B A (r).
+        alpha: B A counts alpha / rank times.
+        targets: which of :data:`LINEAR_LAYERS`, in every decoder layer.
+        dropout: of the adapters' input, in training.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = LINEAR_LAYERS
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._require("rank", self.rank >= 1, "at least 1")
+        self._require("alpha", 0 < self.alpha < math.inf, "a positive number")
+        self._require("dropout", 0 <= self.dropout < 1, "in [0, 1)")
+        known = bool(self.targets) and set(self.targets) <= set(LINEAR_LAYERS)
+        self._require("targets", known, f"some of {', '.join(LINEAR_LAYERS)}")
+        self._require("targets", len(set(self.targets)) == len(self.targets), "each layer once")
+
+    def _require(self, name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            value = getattr(self, name)
+            said = list(value) if isinstance(value, tuple) else value
+            raise ValueError(f"learner.lora.{name}={said} must be {allowed}")
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Hold the rank against the policy's ``config.json``.
+
+        Raises:
+            ValueError: a target has fewer outputs or inputs than ``rank``, by name; or a width is missing.
+        """
+        try:
+            hidden, heads, wide = (
+                int(config[name]) for name in ("hidden_size", "num_attention_heads", "intermediate_size")
+            )
+            keys = int(config.get("num_key_value_heads") or heads)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"config.json is no VLCoT policy's: {error}") from None
+        shapes = linear_shapes(hidden, keys * int(config.get("head_dim") or hidden // heads), wide)
+        for name in self.targets:
+            if self.rank > min(shapes[name]):
+                rows, columns = shapes[name]
+                raise ValueError(
+                    f"learner.lora.rank={self.rank} is too large for {name}, a matrix of {rows} x {columns}: "
+                    f"it must be at most {min(rows, columns)}, and saves memory far below that"
+                )
 
 
 @dataclass(frozen=True)
@@ -47,6 +110,7 @@ class LearnerSpec:
         use_gpu: one GPU per rank (NCCL) instead of CPU (gloo).
         advantage: how rewards become advantages.
         loss: clipped loss and KL.
+        lora: train adapters on frozen weights, which are then the reference of the KL too; None: train every weight.
     """
 
     policy_path: str
@@ -77,6 +141,7 @@ class LearnerSpec:
     use_gpu: bool = False
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    lora: LoraSpec | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "groups_per_step", "ranks", "epochs_per_batch", "micro_batch_tokens", "threads"):
@@ -97,6 +162,13 @@ class LearnerSpec:
         self._require("dtype", self.dtype in get_args(Dtype), f"one of {', '.join(get_args(Dtype))}")
         if self.loss.kl_beta > 0 and self.reference_path is None:
             raise ValueError(f"learner: kl_beta is {self.loss.kl_beta} but there is no reference_path to keep close to")
+        if self.lora is not None and self.reference_path not in (None, self.policy_path):
+            raise ValueError(
+                f"learner: with lora the reference is the policy without its adapters, so reference_path must be "
+                f"policy_path={self.policy_path}, not {self.reference_path}"
+            )
+        if self.lora is not None and self.offload_reference:
+            raise ValueError("learner: offload_reference has nothing to move with lora, which keeps no reference")
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:

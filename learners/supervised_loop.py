@@ -49,5 +49,5 @@ def supervised_loop(config: dict[str, Any]) -> int:
             saved = checkpoint(policy, done, metrics, loop.line)
     if saved != done:
         checkpoint(policy, done, metrics, loop.line)
-    export_policy(policy.parameters(), spec.dtype, spec.policy_path, Path(loop.export_path))
+    export_policy(policy, spec, Path(loop.export_path))
     return done

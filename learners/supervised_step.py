@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from learners.batching import MicroBatch, TrainingSequence, collate, idle_micro_batch, plan_micro_batches
-from learners.engine import ShardedPolicy
+from learners.engine import ShardedPolicy, seed_step
 from learners.protocols import Example
 from learners.spec import LearnerSpec
 from vlcot.grammar import CHOICES, Grammar, Support
@@ -51,8 +51,6 @@ def supervised_step(
 ) -> dict[str, float]:
     """Train ``policy`` on ``batch`` as step ``step`` (1, 2, ...). Collective.
 
-    Dropout is drawn from the seed, the step and the rank, so that a step repeated is the same step.
-
     Returns:
         Metrics, the same on every rank: ``loss/{total,z}``, ``loss/{text,code,...}`` (mean -log-prob in nats by
         support), ``learner/{grad_norm,learning_rate}``, ``time/train`` in seconds, ``throughput/tokens_per_s``.
@@ -61,7 +59,7 @@ def supervised_step(
         FloatingPointError: a gradient that is not finite.
     """
     started = time.perf_counter()
-    torch.manual_seed(int(np.random.default_rng([spec.seed, step, dist.get_rank()]).integers(2**63)))
+    seed_step(spec, step)
     policy.train()
     sums = _Sums(device)
     for micro in _micro_batches(batch, policy, spec):

@@ -9,7 +9,7 @@ from typing import Any
 
 from actors.nodes import offered, said
 from actors.spec import RolloutSpec
-from learners.spec import LearnerSpec
+from learners.spec import LearnerSpec, LoraSpec
 from reward_servers.breaker import BreakerPolicy
 from reward_servers.client import GROUNDED_SAM, IQA, QWEN_VL, RewardClient
 from reward_servers.deploy import RewardAppSpec, with_environment
@@ -101,7 +101,18 @@ def learner_spec(config: TrainConfig) -> LearnerSpec:
             max_tokens=config.rollout.max_new_tokens if grpo.normalisation == "dr_grpo" else None,
             is_truncation=grpo.importance_cap,
         ),
+        lora=lora_spec(config),
     )
+
+
+def lora_spec(config: TrainConfig) -> LoraSpec | None:
+    """Settings of the adapters; None: none.
+
+    Raises:
+        ValueError: an impossible setting, by name.
+    """
+    lora = config.learner.lora
+    return LoraSpec(lora.rank, lora.alpha, tuple(lora.targets), lora.dropout) if lora.rank else None
 
 
 def detector_config(config: TrainConfig) -> GroundedSamConfig:

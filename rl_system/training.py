@@ -160,7 +160,7 @@ class TrainingRun:
         learner = LearnerGroup(
             assembly.learner_spec(config),
             QueueSource(queue),
-            pool.weight_sink(),
+            pool.weight_sink(config.rollout.push_backend),  # type: ignore[arg-type]
             QueueProgress(queue),
             storage_path=self._run.checkpoints,
             name=config.name,

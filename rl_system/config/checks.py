@@ -6,9 +6,9 @@ import math
 import re
 from pathlib import Path
 
-from rl_system.config.schema import AutoscalingConfig, TrainConfig
+from rl_system.config.schema import AutoscalingConfig, LoraConfig, TrainConfig
 from rl_system.config.servers import EXPERTS, OBJECTS, checkpoints, own_servers
-from vlcot.policy.family import Family
+from vlcot.policy.family import Family, read_config
 from vlcot.rewards import COMPONENTS, METRIC_EXPERTS, ExpertWeights
 
 _SERVERS = ("grounded_sam", "qwen_vl", "iqa")
@@ -42,6 +42,7 @@ def check_settings(config: TrainConfig) -> None:
     _check_labels(config)
     for name in _SERVERS:
         _check_autoscaling(f"reward.{name}.autoscaling", getattr(config.reward, name).autoscaling)
+    _check_lora(config)
     ExpertWeights(**vars(config.reward.expert_weights))
     _check_asking(config)
 
@@ -89,6 +90,7 @@ def _check_choices(config: TrainConfig) -> None:
         "grpo.kl": (config.grpo.kl, ("k1", "k2", "k3")),
         "grpo.advantage_std": (config.grpo.advantage_std, ("unbiased", "population", "none")),
         "rollout.dtype": (config.rollout.dtype, ("float32", "bfloat16")),
+        "rollout.push_backend": (config.rollout.push_backend, ("object_store", "gloo", "nccl")),
         "learner.dtype": (config.learner.dtype, ("float32", "bfloat16")),
         "reward.objects": (config.reward.objects, tuple(OBJECTS)),
         "reward.expert": (config.reward.expert, tuple(EXPERTS)),
@@ -105,11 +107,31 @@ def _check_choices(config: TrainConfig) -> None:
             raise ValueError(f"{key}={value} is not known; allowed: {', '.join(allowed)}")
     if config.resume == "auto" and config.overwrite:
         raise ValueError("resume=auto goes on with an existing run, overwrite=true moves it aside; choose one")
+    if config.rollout.push_backend == "nccl" and not (config.rollout.num_gpus and config.learner.use_gpu):
+        raise ValueError(
+            "rollout.push_backend=nccl needs GPUs on both sides: rollout.num_gpus of at least 1 and "
+            "learner.use_gpu=true; without them: object_store, gloo"
+        )
     data = config.data
     if data.tags is not None and data.source != "folder":
         raise ValueError(f"data.tags={data.tags} belongs to data=folder; data.source={data.source} names its objects")
     if config.reward.objects == "file" and data.source == "folder" and data.tags is None:
         raise ValueError("reward.objects=file needs data.tags=DIR, a folder with the names of each image's objects")
+
+
+def _check_lora(config: TrainConfig) -> None:
+    from rl_system import assembly
+
+    learner = config.learner
+    if assembly.lora_spec(config) is None:
+        usual = LoraConfig()
+        for name, value in vars(learner.lora).items():
+            if value != getattr(usual, name):
+                raise ValueError(f"learner.lora.{name}={value} has no meaning without adapters (learner.lora.rank=0)")
+    elif learner.offload_reference:
+        raise ValueError(
+            "learner.offload_reference=true has nothing to move with learner.lora: its reference is the frozen policy"
+        )
 
 
 def _check_labels(config: TrainConfig) -> None:
@@ -240,6 +262,8 @@ def _check_servers(config: TrainConfig) -> None:
 
 
 def _check_checkpoints(config: TrainConfig) -> None:
+    from rl_system import assembly
+
     for key, directory in checkpoints(config).items():
         path = Path(directory)
         if not (path / "config.json").is_file():
@@ -250,6 +274,8 @@ def _check_checkpoints(config: TrainConfig) -> None:
         family = Family.from_pretrained(config.policy.path)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"policy.path={config.policy.path}: {error}") from error
+    if lora := assembly.lora_spec(config):
+        lora.check(read_config(config.policy.path))
     image_tokens = sum(len(block) + 1 for block in family.grammar.blocks)
     if config.rollout.max_new_tokens <= image_tokens:
         raise ValueError(

@@ -18,6 +18,7 @@ MAY_CHANGE = (
     "rollout.actors",
     "rollout.labels.*",
     "rollout.num_?pus",
+    "rollout.push_backend",
     "rollout.start_timeout_s",
     "learner.labels.*",
     "learner.num_cpus",

@@ -53,9 +53,27 @@ class RolloutConfig:
     num_cpus: float = 1
     num_gpus: float = 0
     threads: int = 1
+    push_backend: str = "object_store"
+    """How new weights reach the actors: ``object_store`` (Ray's), or broadcast over ``nccl`` (GPUs) or ``gloo``."""
     labels: dict[str, str] = field(default_factory=dict)
     """Ray labels of the nodes that may hold an actor, as ``{rl.io/pool: rollout}``; empty: any node."""
     start_timeout_s: float = 600
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters on frozen weights (docs/grpo.md)."""
+
+    rank: int = 0
+    """0: every weight is trained."""
+    alpha: float = 16.0
+    """The adapters' product counts alpha / rank times."""
+    targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Linear layers that have adapters, in every decoder layer."""
+    dropout: float = 0.0
+    """Of the adapters' input. The rollout has none, so that with it the ratio of fresh samples is not 1."""
 
 
 @dataclass
@@ -85,6 +103,7 @@ class LearnerConfig:
     checkpoint_every: int = 10
     """Steps between checkpoints; 0: at the end only."""
     keep_checkpoints: int = 2
+    lora: LoraConfig = field(default_factory=LoraConfig)
     num_cpus: float = 1
     use_gpu: bool = False
     threads: int = 1

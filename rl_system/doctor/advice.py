@@ -81,7 +81,7 @@ def _learner(config: TrainConfig, sizes: Models) -> Iterator[list[Change]]:
     learner = config.learner
     if not learner.activation_checkpointing:
         yield [{"learner.activation_checkpointing": True}]
-    if learner.use_gpu and not learner.offload_reference and config.grpo.kl_beta > 0:
+    if learner.use_gpu and not learner.offload_reference and config.grpo.kl_beta > 0 and not learner.lora.rank:
         yield [{"learner.offload_reference": True}]
     if budgets := _budgets(config, sizes):
         yield budgets

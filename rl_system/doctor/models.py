@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from learners.spec import LoraSpec, linear_shapes
 from vlcot.policy.family import Family, read_config
 from vlcot.sequence import Layout
 from vlcot.weight_import.chameleon import MAX_POSITIONS, ChameleonConfig
@@ -72,6 +73,11 @@ class PolicyShape:
     def parameters(self) -> int:
         """Values of the decoder, embedding and head untied: 7,080,775,680 for PURE."""
         return 2 * self.table + self.num_hidden_layers * self.layer + self.hidden_size
+
+    def adapters(self, lora: LoraSpec) -> int:
+        """Values of LoRA's adapters: rank x (outputs + inputs) of each target."""
+        shapes = linear_shapes(self.hidden_size, self.key_value_size, self.intermediate_size)
+        return self.num_hidden_layers * lora.rank * sum(sum(shapes[name]) for name in lora.targets)
 
     def key_value_bytes(self, itemsize: int) -> int:
         """Bytes of the cache for one id."""

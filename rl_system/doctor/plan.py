@@ -201,7 +201,7 @@ def make_plan(config: TrainConfig, sizes: Models) -> Plan:
         processes=tuple(processes),
         shared=shared,
         group_cache=ids * sizes.policy.key_value_bytes(_itemsize(rollout.dtype)) / rollout.tensor_parallel_size,
-        checkpoint=12.0 * sizes.policy.parameters,  # float32 weights and two moments; seen in a toy run
+        checkpoint=12.0 * _trained(config, sizes),  # float32 weights and two moments; seen in a toy run
         policy_file=float(whole),
         bases=read_bases(),
         unplanned=tuple(name for name in own_servers(config) if name not in ("grounded_sam", "qwen_vl")),
@@ -214,6 +214,12 @@ def _itemsize(dtype: str) -> int:
 
 def _policy_bytes(sizes: Models, dtype: str) -> int:
     return sizes.policy.parameters * _itemsize(dtype)
+
+
+def _trained(config: TrainConfig, sizes: Models) -> int:
+    """Values that the optimizer has."""
+    lora = assembly.lora_spec(config)
+    return sizes.policy.adapters(lora) if lora else sizes.policy.parameters
 
 
 def _merged(*parts: Parts) -> dict[str, float]:
@@ -235,17 +241,23 @@ def _learner(config: TrainConfig, sizes: Models, bucket: int) -> Process:
     micro = arithmetic.largest_micro(
         sizes.prompt_ids, longest, config.rollout.group_size, groups, learner.micro_batch_tokens
     )
+    lora, trained = assembly.lora_spec(config), _trained(config, sizes)
     reference = config.grpo.kl_beta > 0
     states = arithmetic.states(
-        policy.parameters, learner.ranks, itemsize, reference=reference and not (cuda and learner.offload_reference)
+        policy.parameters,
+        learner.ranks,
+        itemsize,
+        reference=reference and not (cuda and learner.offload_reference),
+        adapters=trained if lora else 0,
     )
-    always = _merged(states, arithmetic.gathering(policy, itemsize, cuda=cuda))
+    always = _merged(states, arithmetic.gathering(policy, itemsize, trained, cuda=cuda))
+    checkpointing = learner.activation_checkpointing
     backward = _merged(
-        arithmetic.activations(policy, micro, itemsize, checkpointing=learner.activation_checkpointing, cuda=cuda),
-        arithmetic.head(policy, micro, itemsize),
+        arithmetic.activations(policy, micro, itemsize, checkpointing=checkpointing, cuda=cuda, lora=lora),
+        arithmetic.head(policy, micro, itemsize, frozen=lora is not None),
     )
-    backward |= arithmetic.reduction(policy, learner.ranks, itemsize)
-    update = {"update": arithmetic.update(policy, learner.ranks, cuda=cuda)}
+    backward |= arithmetic.reduction(trained, learner.ranks, itemsize)
+    update = {"update": arithmetic.update(policy, trained, learner.ranks, cuda=cuda)}
     phases = {"backward": backward, "update": update}
     whole = float(_policy_bytes(sizes, learner.dtype))
     once = {"bucket of a push": 2.0 * arithmetic.pushed(policy, itemsize, bucket)}

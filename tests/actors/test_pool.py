@@ -1,4 +1,4 @@
-"""The pool on a real Ray with a real engine: push through the sink, death, restart, re-issue."""
+"""The pool on a real Ray with a real engine: push by broadcast over gloo, death, restart, re-issue, push again."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def life_and_death(pool, checkpoints, other):
     info = pool.ready_info()[0]
     assert info["weight_version"] == 0 and info["actor"] == "rollout-0" and info["pid"] != os.getpid()
     prompt = checkpoints.prompt(seed=21)
-    sink = pickle.loads(ray.cloudpickle.dumps(pool.weight_sink()))
+    sink = pickle.loads(ray.cloudpickle.dumps(pool.weight_sink("gloo")))
     report = await asyncio.to_thread(push, sink, 1, other)
     assert report.version == 1 and report.receivers == 1
     assert set(report.seconds) == {"transfer", "verify", "pause", "load", "resume"}
@@ -85,6 +85,12 @@ async def life_and_death(pool, checkpoints, other):
     statistics = await pool.statistics()
     assert statistics["failures"] == 1 and statistics["healthy"] == 1 and statistics["outstanding"] == 0
     assert statistics["per_actor"][0]["weight_version"] == 1
+
+    report = await asyncio.to_thread(push, sink, 2, checkpoints.model)  # the process that came back is a new member
+    assert (report.version, report.receivers) == (2, 1)
+    again = await pool.generate(prompt)
+    learner = learner_logprobs(checkpoints.model, checkpoints.family, prompt, again.samples[0], 0.9)
+    assert np.abs(learner - again.samples[0].logprobs).max() < 1e-5
 
     # The engine alone dies: the actor says so and is restarted; with one try the prompt fails by name.
     pool._max_tries = 1

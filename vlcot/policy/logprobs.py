@@ -120,8 +120,10 @@ class _SupportLogprobs(torch.autograd.Function):
         hidden, weight, logsumexp = ctx.saved_tensors
         scale, of_sum = (gradient / ctx.temperature for gradient in upstream)
         hidden_gradient = torch.zeros_like(hidden)
-        # float32 whatever the weight's dtype: chunk upon chunk is added to it.
-        weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        # float32 whatever the weight's dtype: chunk upon chunk is added to it. None for a frozen head.
+        weight_gradient = None
+        if ctx.needs_input_grad[1]:
+            weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for slices, chunk, targets in _chunks(ctx.parts):
             rows = hidden[chunk]
             gradient = support_logits(rows, weight, slices, ctx.temperature).sub_(logsumexp[chunk, None]).exp_()
@@ -129,8 +131,9 @@ class _SupportLogprobs(torch.autograd.Function):
             gradient = gradient.to(hidden.dtype)
             for ids, columns in _columns(slices):
                 hidden_gradient[chunk] += gradient[:, columns] @ weight[ids]
-                _add_product(weight_gradient[ids], gradient[:, columns].T, rows)
-        return hidden_gradient, weight_gradient.to(weight.dtype), None, None
+                if weight_gradient is not None:
+                    _add_product(weight_gradient[ids], gradient[:, columns].T, rows)
+        return hidden_gradient, None if weight_gradient is None else weight_gradient.to(weight.dtype), None, None
 
 
 def _chunks(parts: list) -> Iterator[tuple[Slices, torch.Tensor, torch.Tensor]]:

@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
+from learners.adapters import add_adapters
+from learners.spec import LoraSpec
 from rl_system.doctor import arithmetic
 from rl_system.doctor.arithmetic import Micro, largest_micro, saved_by_layer
 from rl_system.doctor.models import PolicyShape, read_policy
@@ -24,11 +27,14 @@ HIDDEN, WIDE, HEADS = 128, 320, 4
 MICRO = Micro(prompts=2, prompt_ids=60, chains=6, chain_ids=90)
 
 
-def kept(layers: int, dtype: torch.dtype) -> int:
+def kept(layers: int, dtype: torch.dtype, lora: LoraSpec | None = None) -> int:
     """Bytes that autograd keeps of a policy of so many layers, parameters aside, each storage once."""
     sizes = {"hidden_size": HIDDEN, "intermediate_size": WIDE, "num_hidden_layers": layers}
     sizes |= {"num_attention_heads": HEADS, "num_key_value_heads": HEADS}
     policy = VlcotForCausalLM(VlcotConfig(vocab_size=64, tie_word_embeddings=False, **sizes)).to(dtype)
+    if lora is not None:
+        add_adapters(policy, lora, seed=0)
+        policy.enable_input_require_grads()
     parameters = {p.untyped_storage().data_ptr() for p in policy.parameters()}
     storages: dict[int, int] = {}
     alive = []
@@ -67,6 +73,20 @@ def test_a_layer_keeps_what_autograd_keeps(monkeypatch, dtype, cuda):
     shape = PolicyShape(64, HIDDEN, WIDE, 2, HEADS, HEADS, 1024, Layout())
     counted = kept(3, dtype) - kept(2, dtype)
     assert saved_by_layer(shape, MICRO, dtype.itemsize, cuda=cuda) == pytest.approx(counted, rel=0.015)
+
+
+LORA = LoraSpec(rank=4, alpha=8.0)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "lora", [LORA, replace(LORA, targets=("v_proj", "up_proj")), replace(LORA, dropout=0.1)], ids=["all", "two", "drop"]
+)
+def test_a_layer_with_adapters_keeps_what_autograd_keeps(dtype, lora):
+    shape = PolicyShape(64, HIDDEN, WIDE, 2, HEADS, HEADS, 1024, Layout())
+    counted = kept(3, dtype, lora) - kept(2, dtype, lora)
+    assert saved_by_layer(shape, MICRO, dtype.itemsize, cuda=False, lora=lora) == pytest.approx(counted, rel=0.015)
 
 
 @pytest.mark.unit

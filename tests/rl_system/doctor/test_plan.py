@@ -75,6 +75,23 @@ def test_a_checkpoint_is_what_a_run_has_written():
     assert make_plan(config, find_models(config)).checkpoint == pytest.approx(2 * 13_009_983, rel=0.01)
 
 
+def test_adapters_alone_have_gradients_an_optimizer_and_a_checkpoint(plan):
+    """Rank 64 on all seven layers of 32: 160 million values."""
+    config = compose_config([*PAPER, "learner.lora.rank=64"])
+    lora = make_plan(config, find_models(config))
+    device = named(lora, "learner rank").device
+    values = 32 * 64 * (4 * 2 * 4096 + 3 * (4096 + 11_008))
+    assert values == 159_907_840
+    assert device["weights"] == 2 * (PARAMETERS + values) / 4
+    assert (device["gradients"], device["optimizer"]) == (2 * values / 4, 12 * values / 4)
+    assert device["reference"] == 0 and lora.checkpoint == 12 * values
+    before, after = (sum(named(p, "learner rank").device.values()) for p in (plan, lora))
+    assert before - after == pytest.approx(
+        16 * (PARAMETERS - values) / 4
+    )  # gradients, optimizer and reference: 16 of 18 bytes a value
+    assert misfits(lora, planned("8x80", None)) == []
+
+
 @pytest.mark.parametrize(
     ("gpu_gb", "overrides", "kind", "wanted"),
     [
