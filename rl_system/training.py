@@ -38,6 +38,7 @@ from rl_system.runs.evaluation_files import read_evaluation, write_evaluation
 from rl_system.runs.groups import GroupStore
 from rl_system.runs.journal import Journal, read_journal
 from rl_system.runs.progress import Progress
+from rl_system.runs.ready import ReadyGroups
 from rl_system.runs.sinks import open_sinks, read_metrics
 from rl_system.runs.summary import build_summary
 from rl_system.runs.timeline import TimelineEvent, TimelineWriter
@@ -54,6 +55,7 @@ class Facts:
     kl_final: float = 0.0
     steps: int = 0
     groups_trained: int = 0
+    groups_reused: int = 0
 
 
 class TrainingRun:
@@ -107,6 +109,7 @@ class TrainingRun:
                 self._evaluate("after", pool, scorer), asyncio.to_thread(learner.result)
             )
             match = await self._weights_match(pool, result)
+            self._ready.forget(self._ledger.counts().total())
         return self._summary(before, after, match, time.time() - began)
 
     async def _create_pool(self, stack: AsyncExitStack) -> RolloutPool:
@@ -184,11 +187,14 @@ class TrainingRun:
         """Files that go on behind the steps done."""
         self._journal = Journal(self._run.journal, len(done))
         self._sink = open_sinks(self._run, len(done))
+        self._ready = ReadyGroups(self._run.ready, done[-1].admitted if done else 0, len(done))
         stack.callback(self._journal.close)
         stack.callback(self._sink.close)
+        stack.callback(self._ready.close)
         for metrics in read_metrics(self._run.metrics):
             self._meter.max_staleness = max(self._meter.max_staleness, metrics.values.get("staleness/max", 0.0))
             self._facts.kl_final = metrics.values.get("grpo/kl", self._facts.kl_final)
+            self._facts.groups_reused += int(metrics.values.get("groups/reused", 0.0))
         self._facts.steps = len(done)
         self._facts.groups_trained = sum(len(record.rows) for record in done)
 
@@ -205,6 +211,7 @@ class TrainingRun:
             queue,
             lambda: learner.error,
             Observer(self._on_started, self._on_group, self._journal.write, self._on_step, self._on_event),
+            self._ready,
             done,
         )
         self._ledger = coordinator.ledger
@@ -254,12 +261,13 @@ class TrainingRun:
 
     def _on_step(self, step: int, learner: dict[str, float], groups: list[Any]) -> None:
         now = time.time()
-        metrics = self._meter.step(learner, groups) | {"weights/version": float(step)}
+        metrics = self._meter.step(learner, groups) | {"weights/version": float(step)} | self._ready.metrics(groups)
         self._timeline.write(TimelineEvent("learner", f"step {step}", now - learner.get("time/train", 0.0), now))
         self._sink.log(step, metrics)
         self._facts.kl_final = metrics.get("grpo/kl", self._facts.kl_final)
         self._facts.steps = step
         self._facts.groups_trained += len(groups)
+        self._facts.groups_reused += int(metrics["groups/reused"])
         counts = {str(state): count for state, count in self._ledger.counts().items()}
         self._progress.update(step, self._config.learner.steps, metrics, counts)
 
@@ -273,6 +281,7 @@ class TrainingRun:
             kl_final=self._facts.kl_final,
             steps=self._facts.steps,
             groups_trained=self._facts.groups_trained,
+            groups_reused=self._facts.groups_reused,
             wall_s=wall_s,
             max_staleness_seen=int(self._meter.max_staleness),
             engines=self._facts.engines,
