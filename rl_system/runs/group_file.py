@@ -83,16 +83,18 @@ class GroupFile:
         with self._archive() as archive:
             arrays = dict(archive)
         ends = np.cumsum([sample["tokens"] for sample in record["samples"]])[:-1]
-        parts = zip(*(np.split(arrays[name], ends) for name in ("ids", "logprobs", "supports")), strict=True)
+        ids, logprobs, supports = (np.split(arrays[name], ends) for name in ("ids", "logprobs", "supports"))
         samples = tuple(
             Sample(
-                *tokens,
+                ids=ids[i],
+                logprobs=logprobs[i],
+                supports=supports[i],
                 versions=tuple(VersionSpan(*span) for span in sample["versions"]),
                 finish_reason=sample["finish_reason"],
-                chain=ParsedChain(*sample["texts"], _images(arrays, f"codes-{i}", sample), tuple(sample["errors"])),
-                images=_images(arrays, f"image-{i}", sample),
+                chain=_chain(arrays, i, sample),
+                images=tuple(arrays.get(f"image-{i}-{place}") for place in range(sample["images"])),
             )
-            for i, (sample, tokens) in enumerate(zip(record["samples"], parts, strict=True))
+            for i, sample in enumerate(record["samples"])
         )
         return ScoredGroup(
             group=Group(prompt, samples, record["generation_s"], record["actor"]),
@@ -140,8 +142,10 @@ def _record(scored: ScoredGroup) -> dict[str, Any]:
     }
 
 
-def _images(arrays: Mapping[str, np.ndarray], name: str, sample: Mapping[str, Any]) -> tuple[np.ndarray | None, ...]:
-    return tuple(arrays.get(f"{name}-{place}") for place in range(sample["images"]))
+def _chain(arrays: Mapping[str, np.ndarray], i: int, sample: Mapping[str, Any]) -> ParsedChain:
+    degradation, coarse, middle, fine = sample["texts"]
+    codes = tuple(arrays.get(f"codes-{i}-{place}") for place in range(sample["images"]))
+    return ParsedChain(degradation, coarse, middle, fine, codes, tuple(sample["errors"]))
 
 
 def _score(record: Mapping[str, Any]) -> Score:

@@ -108,7 +108,14 @@ class Run:
     """A coordinator with everything around it; two steps of two groups."""
 
     def __init__(
-        self, policy: FailurePolicy, scorer: Scorer, stall_timeout_s=30.0, done=(), steps=2, stored=None, max_staleness=0
+        self,
+        policy: FailurePolicy,
+        scorer: Scorer,
+        stall_timeout_s=30.0,
+        done=(),
+        steps=2,
+        stored=None,
+        max_staleness=0,
     ) -> None:
         self.queue, self.pool, self.scorer, self.store = Queue(), Pool(), scorer, Store(stored)
         self.groups, self.records = [], []
