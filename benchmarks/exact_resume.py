@@ -42,6 +42,7 @@ MOMENTS = {
 }
 """Name -> the file whose so-manieth line is the moment, and the signal."""
 LIMIT_S = 300.0
+REUSED = "groups/reused"
 
 
 def start(folder: Path, name: str) -> subprocess.Popen[bytes]:
@@ -80,9 +81,9 @@ def interrupt(folder: Path, name: str) -> None:
 
 
 def found(run: Path) -> dict[str, Any]:
-    """What two equal runs have in common."""
+    """What two equal runs have in common; whether a group was made by an earlier attempt is none of it."""
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timeless = [{k: v for k, v in step.items() if not _of_time(k)} for step in metrics]
+    timeless = [{k: v for k, v in step.items() if not _of_time(k) and k != REUSED} for step in metrics]
     rows = [json.loads(line)["rows"] for line in (run / "journal.jsonl").read_text().splitlines()]
     weights = run / "checkpoints" / run.name / "policy" / "model.safetensors"
     return {"rows": rows, "metrics": timeless, "weights": hashlib.sha256(weights.read_bytes()).hexdigest()}
@@ -105,17 +106,19 @@ def run(folder: Path) -> dict[str, Any]:
     """All figures."""
     finish(folder, "undisturbed")
     undisturbed = found(folder / "undisturbed")
-    outcome = {}
+    outcome, reused = {}, {}
     for name in MOMENTS:
         interrupt(folder, name)
         finish(folder, name)
         outcome[name] = differences(found(folder / name), undisturbed)
+        reused[name] = json.loads((folder / name / "summary.json").read_text())["groups_reused"]
     return {
         "machine": machine(),
         "steps": STEPS,
         "metrics_a_step": len(undisturbed["metrics"][0]),
         "losses": [step["grpo/loss"] for step in undisturbed["metrics"]],
         "weights": undisturbed["weights"],
+        "groups_reused": reused,
         "differences": outcome,
     }
 

@@ -42,6 +42,7 @@ from rl_system.runs.groups import GroupStore
 from rl_system.runs.journal import Journal, read_journal
 from rl_system.runs.live import keep_writing
 from rl_system.runs.progress import Progress
+from rl_system.runs.ready import ReadyGroups
 from rl_system.runs.sinks import PrometheusSink, open_sinks, read_metrics
 from rl_system.runs.summary import build_summary
 from rl_system.runs.timeline import TimelineEvent, TimelineWriter
@@ -62,6 +63,7 @@ class Facts:
     kl_final: float = 0.0
     steps: int = 0
     groups_trained: int = 0
+    groups_reused: int = 0
 
 
 class TrainingRun:
@@ -117,6 +119,7 @@ class TrainingRun:
                 self._evaluate("after", pool, scorer), asyncio.to_thread(learner.result)
             )
             match = await self._weights_match(pool, result)
+            self._ready.forget(self._ledger.counts().total())
         return self._summary(before, after, match, time.time() - began)
 
     async def _create_pool(self, stack: AsyncExitStack) -> RolloutPool:
@@ -199,11 +202,14 @@ class TrainingRun:
         self._lookout.sink = PrometheusSink(self._run.name)
         trackers = open_trackers(self._config.trackers, self._run)
         self._sink = open_sinks(self._run, len(done), self._lookout.sink, *trackers)
+        self._ready = ReadyGroups(self._run.ready, done[-1].admitted if done else 0, len(done))
         stack.callback(self._journal.close)
         stack.callback(self._sink.close)
+        stack.callback(self._ready.close)
         for metrics in read_metrics(self._run.metrics):
             self._meter.max_staleness = max(self._meter.max_staleness, metrics.values.get("staleness/max", 0.0))
             self._facts.kl_final = metrics.values.get("grpo/kl", self._facts.kl_final)
+            self._facts.groups_reused += int(metrics.values.get("groups/reused", 0.0))
         self._facts.steps = len(done)
         self._facts.groups_trained = sum(len(record.rows) for record in done)
 
@@ -220,6 +226,7 @@ class TrainingRun:
             queue,
             lambda: learner.error,
             Observer(self._on_started, self._on_group, self._on_batch, self._on_step, self._on_event),
+            self._ready,
             done,
         )
         self._ledger = coordinator.ledger
@@ -281,13 +288,14 @@ class TrainingRun:
 
     def _on_step(self, step: int, learner: dict[str, float], groups: list[ScoredGroup]) -> None:
         now = time.time()
-        metrics = self._meter.step(learner, groups) | {"weights/version": float(step)}
+        metrics = self._meter.step(learner, groups) | {"weights/version": float(step)} | self._ready.metrics(groups)
         self._timeline.write(TimelineEvent("learner", f"step {step}", now - learner.get("time/train", 0.0), now))
         self._sink.log(step, metrics)
         LOG.info("step trained and pushed in %.2f s", metrics["time/step"], extra={"step": step})
         self._facts.kl_final = metrics.get("grpo/kl", self._facts.kl_final)
         self._facts.steps = step
         self._facts.groups_trained += len(groups)
+        self._facts.groups_reused += int(metrics["groups/reused"])
         counts = {str(state): count for state, count in self._ledger.counts().items()}
         self._progress.update(step, self._config.learner.steps, metrics, counts)
 
@@ -301,6 +309,7 @@ class TrainingRun:
             kl_final=self._facts.kl_final,
             steps=self._facts.steps,
             groups_trained=self._facts.groups_trained,
+            groups_reused=self._facts.groups_reused,
             wall_s=wall_s,
             max_staleness_seen=int(self._meter.max_staleness),
             engines=self._facts.engines,

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 from ray.actor import ActorHandle
 
 from actors.pool import RolloutPool
 from learners.protocols import LearnerStart
 from reward_servers.policies import FailurePolicy, RewardFailure, Verdict, failure_reasons
+from rl_system.coordination.experience_queue import Checkpointed
 from rl_system.coordination.ledger import LIVE, BatchRecord, GroupState, Ledger
 from rl_system.coordination.scoring import Objects, Scorer
 from vlcot.groups import Group, Prompt, ScoredGroup
@@ -76,6 +78,20 @@ class Moment:
     left_alone: tuple[str, ...]
 
 
+class ReadyStore(Protocol):
+    """Keeps groups that have their rewards over the death of the driver (:class:`rl_system.runs.ready.ReadyGroups`)."""
+
+    def take(self, order: int, prompt: Prompt, oldest: int) -> ScoredGroup | None:
+        """The group of this admission that an earlier attempt has made, none of its tokens by weights before version
+        ``oldest`` or after those of the checkpoint that this attempt goes on from; None: it is to be generated."""
+
+    def keep(self, order: int, scored: ScoredGroup) -> None:
+        """A group has its rewards. Returns at once."""
+
+    def forget(self, admitted: int) -> None:
+        """A checkpoint accounts for the first ``admitted`` groups. Returns at once."""
+
+
 class Coordinator:
     """Runs GRPO over a stream of prompts until ``plan.steps`` learner steps are done.
 
@@ -83,6 +99,7 @@ class Coordinator:
         prompts: endless stream of prompts.
         queue: handle of an :class:`~rl_system.coordination.experience_queue.ExperienceQueue`.
         learner_error: the learner group's exception once it has died for good, else None.
+        store: groups of earlier attempts; gets those that are made.
         done: records of the steps that the learner has done already; ``prompts`` go on behind them.
 
     Raises:
@@ -98,6 +115,7 @@ class Coordinator:
         queue: ActorHandle,
         learner_error: Callable[[], BaseException | None],
         observer: Observer,
+        store: ReadyStore,
         done: Sequence[BatchRecord] = (),
     ) -> None:
         self._plan = plan
@@ -107,6 +125,7 @@ class Coordinator:
         self._queue = queue
         self._learner_error = learner_error
         self._observer = observer
+        self._store = store
         self.ledger = Ledger(plan.groups_per_step, plan.max_staleness, plan.steps * plan.groups_per_step)
         self._ready: dict[int, ScoredGroup] = {}
         self._carriers: set[asyncio.Task[None]] = set()
@@ -115,6 +134,8 @@ class Coordinator:
         """Orders of the groups that the learner trains now; empty while it waits."""
         self.ledger.restore(done, time.monotonic())
         self._step = len(done)
+        self._accounted = [record.admitted for record in done]
+        """Of each step, the groups that its record and those before it account for."""
         self.stopping = False
         """Whether :meth:`stop` was called."""
         self._last_progress = time.monotonic()
@@ -182,6 +203,10 @@ class Coordinator:
         while not self._scorer.left_alone() and self.ledger.may_admit():
             prompt = next(self._prompts)
             order = self.ledger.admit(prompt.row_id, time.monotonic())
+            oldest = self.ledger.trained_at(order) - self._plan.max_staleness
+            if (scored := self._store.take(order, prompt, oldest)) is not None:
+                self._set_ready(order, scored)
+                continue
             task = asyncio.create_task(self._carry(order, prompt))
             self._carriers.add(task)
             task.add_done_callback(self._settle)
@@ -191,6 +216,11 @@ class Coordinator:
         if not task.cancelled() and task.exception() is not None:
             self._failure = task.exception()
         self._wake.set()
+
+    def _set_ready(self, order: int, scored: ScoredGroup) -> None:
+        self._last_progress = time.monotonic()
+        self._ready[order] = scored
+        self.ledger.move(order, GroupState.READY, self._last_progress)
 
     async def _carry(self, order: int, prompt: Prompt) -> None:
         """Take one group from admission to READY, or drop it with a reason."""
@@ -202,13 +232,11 @@ class Coordinator:
         self.ledger.move(order, GroupState.SCORING, time.monotonic())
         scored, verdict = await self._score(group, objects)
         self._observer.event("rewards", prompt.group_id, generated, time.time())
-        now = time.monotonic()
         if verdict is Verdict.TRAIN:
-            self._last_progress = now
-            self._ready[order] = scored
-            self.ledger.move(order, GroupState.READY, now)
+            self._set_ready(order, scored)
+            self._store.keep(order, scored)
         else:
-            self.ledger.move(order, GroupState.DROPPED, now, failure_reasons(scored))
+            self.ledger.move(order, GroupState.DROPPED, time.monotonic(), failure_reasons(scored))
         self._observer.group(scored)
 
     async def _score(self, group: Group, objects: Objects) -> tuple[ScoredGroup, Verdict]:
@@ -226,7 +254,9 @@ class Coordinator:
         if batch is not None and not self._batch:
             self._batch = batch
             step, timeout_s = self._step + 1, self._plan.stall_timeout_s
-            self._observer.batch(self.ledger.record(step, batch))
+            record = self.ledger.record(step, batch)
+            self._accounted.append(record.admitted)
+            self._observer.batch(record)
             put = self._queue.put_batch.remote(step, [self._ready[order] for order in batch])
             try:
                 await asyncio.wait_for(put, timeout_s)
@@ -239,6 +269,8 @@ class Coordinator:
             event = await self._queue.next_report.remote()
             if isinstance(event, LearnerStart):
                 self._observer.started(event)
+            elif isinstance(event, Checkpointed):
+                self._store.forget(self._accounted[event.step - 1])
             elif event.step == self._step + 1:  # a restarted learner repeats the steps after its checkpoint
                 self._release(event.step, event.metrics)
             self._last_progress = time.monotonic()

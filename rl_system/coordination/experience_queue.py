@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import ray
 from ray.actor import ActorHandle
@@ -20,6 +21,16 @@ class StepReport:
     metrics: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Checkpointed:
+    """The learner's newest checkpoint contains ``step``."""
+
+    step: int
+
+
+Event: TypeAlias = LearnerStart | StepReport | Checkpointed
+
+
 class ExperienceQueue:
     """An asyncio Ray actor. A batch is kept until a checkpoint contains its step: a restarted learner asks again."""
 
@@ -27,7 +38,7 @@ class ExperienceQueue:
         self._batches: dict[int, list[ScoredGroup]] = {}
         self._closed = False
         self._changed = asyncio.Condition()
-        self._progress: asyncio.Queue[LearnerStart | StepReport] = asyncio.Queue()
+        self._progress: asyncio.Queue[Event] = asyncio.Queue()
 
     async def put_batch(self, step: int, groups: list[ScoredGroup]) -> None:
         """Offer the batch of ``step``.
@@ -54,14 +65,15 @@ class ExperienceQueue:
             return self._batches.get(step)
 
     async def forget(self, step: int) -> None:
-        """Drop the batches up to ``step``."""
+        """Drop the batches up to ``step``: a checkpoint contains it."""
         self._batches = {s: batch for s, batch in self._batches.items() if s > step}
+        await self.report(Checkpointed(step))
 
-    async def report(self, event: LearnerStart | StepReport) -> None:
+    async def report(self, event: Event) -> None:
         """Hand an event to the coordinator."""
         await self._progress.put(event)
 
-    async def next_report(self) -> LearnerStart | StepReport:
+    async def next_report(self) -> Event:
         """The oldest event not yet read."""
         return await self._progress.get()
 

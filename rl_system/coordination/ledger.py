@@ -5,6 +5,10 @@ when it is admitted and holds it until its training step has been pushed to the 
 dropped. Batches are formed strictly in order of admission. At admission at most ``(s + 1) * g - 1`` live
 groups stand ahead, each training step takes ``g`` of them, so at most ``s`` steps happen between a group's
 admission and its own training step: no token is trained that is more than ``s`` versions old.
+
+A resumed run may have groups that an earlier attempt made. One of them takes its slot as any other does, at its own
+place in the order of admission, but its tokens are older than its admission: it is used only if they are no more than
+``s`` versions older than :meth:`Ledger.trained_at`, which drops of groups ahead can only lower.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ class GroupState(StrEnum):
 
 
 _NEXT = {
-    GroupState.ADMITTED: {GroupState.GENERATING, GroupState.DROPPED},
+    GroupState.ADMITTED: {GroupState.GENERATING, GroupState.READY, GroupState.DROPPED},
     GroupState.GENERATING: {GroupState.SCORING, GroupState.DROPPED},
     GroupState.SCORING: {GroupState.READY, GroupState.DROPPED},
     GroupState.READY: {GroupState.TRAINED},
@@ -122,6 +126,11 @@ class Ledger:
         entry.state, entry.since, entry.reason = state, now, reason
         if not _NEXT[state]:
             del self._live[order]
+
+    def trained_at(self, order: int) -> int:
+        """Version of the weights that this live group is trained on top of, if none of those ahead of it is dropped."""
+        ahead = sum(live < order for live in self._live)
+        return (self.count(GroupState.TRAINED) + ahead) // self.groups_per_step
 
     def next_batch(self) -> list[int] | None:
         """Orders of the next ``groups_per_step`` live groups, once all of them are ready."""

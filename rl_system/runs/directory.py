@@ -142,6 +142,11 @@ class RunDirectory:
         return self.path / "groups"
 
     @property
+    def ready(self) -> Path:
+        """Groups that no checkpoint has yet (:mod:`rl_system.runs.ready`)."""
+        return self.path / "ready"
+
+    @property
     def checkpoints(self) -> Path:
         """Checkpoints of the learner."""
         return self.path / "checkpoints"

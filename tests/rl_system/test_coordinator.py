@@ -11,7 +11,7 @@ import pytest
 
 from reward_servers.policies import FailFast, FailurePolicy, MinViableGroup, RetryThenDrop, RewardFailure
 from rl_system.coordination.coordinator import Coordinator, Observer, Plan, StalledError
-from rl_system.coordination.experience_queue import StepReport
+from rl_system.coordination.experience_queue import Checkpointed, StepReport
 from rl_system.coordination.ledger import GroupState
 from tests.rl_system.runs.synthetic import scored_group
 from vlcot.groups import Failed, Scored
@@ -80,6 +80,24 @@ class Pool:
         return replace(WHOLE.group, prompt=prompt)
 
 
+class Store:
+    """Has what ``stored`` says, by order of admission."""
+
+    def __init__(self, stored=None):
+        self.stored = stored or {}
+        self.asked, self.kept, self.forgotten = {}, {}, []
+
+    def take(self, order, prompt, oldest):
+        self.asked[order] = oldest
+        return self.stored.get(order)
+
+    def keep(self, order, scored):
+        self.kept[order] = scored
+
+    def forget(self, admitted):
+        self.forgotten.append(admitted)
+
+
 def prompts(number=0):
     while True:
         yield replace(WHOLE.group.prompt, group_id=f"g{number}", row_id=f"row-{number}")
@@ -89,18 +107,28 @@ def prompts(number=0):
 class Run:
     """A coordinator with everything around it; two steps of two groups."""
 
-    def __init__(self, policy: FailurePolicy, scorer: Scorer, stall_timeout_s: float = 30.0, done=(), steps=2) -> None:
-        self.queue, self.pool, self.scorer = Queue(), Pool(), scorer
+    def __init__(
+        self,
+        policy: FailurePolicy,
+        scorer: Scorer,
+        stall_timeout_s=30.0,
+        done=(),
+        steps=2,
+        stored=None,
+        max_staleness=0,
+    ) -> None:
+        self.queue, self.pool, self.scorer, self.store = Queue(), Pool(), scorer, Store(stored)
         self.groups, self.records = [], []
         nothing = lambda *_: None  # noqa: E731
         self.coordinator = Coordinator(
-            Plan(steps=steps, groups_per_step=2, max_staleness=0, stall_timeout_s=stall_timeout_s, policy=policy),
+            Plan(steps, 2, max_staleness, stall_timeout_s, policy),
             prompts(done[-1].admitted if done else 0),
             self.pool,
             scorer,
             self.queue,
             lambda: None,
             Observer(nothing, self.groups.append, self.records.append, nothing, nothing),
+            self.store,
             done,
         )
 
@@ -196,6 +224,49 @@ def test_a_run_that_is_done_has_nothing_left():
     first = run(FailFast())
     second = run(FailFast(), done=first.records)
     assert second.pool.generated == 0 and not second.queue.batches and second.queue.closed
+
+
+def test_groups_of_an_earlier_attempt_take_their_place_and_are_not_generated():
+    first = run(FailFast())
+    second = run(FailFast(), done=first.records[:1], stored={3: first.store.kept[3]})
+    assert second.trained == ["g2", "g3"] and second.pool.generated == second.scorer.scorings == 1
+    assert second.queue.batches[0][1] is first.store.kept[3]
+    assert [group.group.prompt.group_id for group in second.groups] == ["g2"]  # the other was seen before
+    assert list(second.store.kept) == [2] and second.coordinator.ledger.trained_rows() == [f"row-{n}" for n in range(4)]
+
+
+def test_a_group_is_stored_once_it_has_its_rewards_and_a_dropped_one_is_not():
+    done = run(MinViableGroup(0.75), failures=[0, 2, 0])
+    assert {order: group.group.prompt.group_id for order, group in done.store.kept.items()} == {
+        0: "g0",
+        2: "g2",
+        3: "g3",
+        4: "g4",
+    }
+
+
+def test_tokens_may_be_as_old_as_the_step_allows_that_the_group_is_trained_in_at_the_latest():
+    """Two groups a step, two versions: the groups of one step after the other are asked for."""
+    first = run(FailFast(), max_staleness=2, steps=5)
+    second = run(FailFast(), max_staleness=2, steps=5, done=first.records[:2])
+    assert {order: second.store.asked[order] for order in range(4, 10)} == {4: 0, 5: 0, 6: 1, 7: 1, 8: 2, 9: 2}
+
+
+def test_a_checkpoint_ends_the_need_for_the_groups_up_to_its_step():
+    async def story():
+        made = Run(MinViableGroup(0.75), Scorer([0, 2, 0]), steps=3)
+        put = made.queue._put
+
+        async def checkpoints(step, groups):
+            await put(step, groups)
+            made.queue.reports.put_nowait(Checkpointed(step))
+
+        made.queue.put_batch = SimpleNamespace(remote=checkpoints)
+        await made.wait()
+        return made
+
+    done = asyncio.run(story())
+    assert done.store.forgotten == [3, 5]  # group 1 was dropped; nobody waits for the checkpoint of the last step
 
 
 def test_a_stop_lets_the_learner_finish_its_step():

@@ -144,6 +144,12 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def ready_and_waiting(run: Path) -> set[int]:
+    """Orders of the groups that have their rewards and that no step was given."""
+    given = {int(order) for record in lines(run / "journal.jsonl") for order in record["rows"]}
+    return {int(path.stem) for path in (run / "ready").glob("*.group")} - given
+
+
 def still_alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     """Those that do not end within half a minute."""
     gone, _ = psutil.wait_procs([p for p in processes if p.is_running()], timeout=30)
@@ -164,18 +170,24 @@ def endpoint(run: Path) -> set[str]:
 @pytest.mark.timeout(900)
 def test_a_tiny_run_is_stopped_goes_on_and_ends_with_a_report_with_every_part_real(tmp_path, capsys):
     run, settings = tmp_path / "tiny", ["learner.steps=4", "learner.checkpoint_every=1", "resume=auto"]
+    settings.append("coordination.max_staleness=2")  # while step 2 is trained the groups of step 3 are ready
     process = start(tmp_path, "tiny", *settings)
     said = []
     for line in process.stdout:
         said.append(line)
         if line.startswith("step 1/4"):
             children = descendants(process)
+            while len(lines(run / "journal.jsonl")) < 2 or not ready_and_waiting(run):
+                assert process.poll() is None
+                time.sleep(0.01)
             process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 75, "".join(said)[-4000:]
     assert len(children) > 12 and still_alive(children) == []  # Ray, the engines and the learner ranks
     assert json.loads((run / "status.json").read_text())["state"] == "stopped" and not (run / "summary.json").exists()
     stopped = [record["step"] for record in lines(run / "metrics.jsonl")]
     assert stopped in ([1], [1, 2], [1, 2, 3]), "".join(said)
+    ready = ready_and_waiting(run)
+    assert ready, "".join(said)
 
     process = start(tmp_path, "tiny", *settings)
     said, seen, asked = [], set(), ""
@@ -199,8 +211,11 @@ def test_a_tiny_run_is_stopped_goes_on_and_ends_with_a_report_with_every_part_re
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 4
     assert summary["groups_trained"] == 8
+    assert summary["groups_reused"] == len(ready) and not list((run / "ready").iterdir())
+    again = [event["name"] for event in lines(run / "timeline.jsonl") if event["process"] == "rewards"]
+    assert not [row for order in ready if again.count(row := rows[order]) != 1]  # paid for once
     assert summary["prompts"] == 3
-    assert summary["max_staleness_seen"] <= 1
+    assert summary["max_staleness_seen"] <= 2
     assert summary["weight_checksum_match"] is True
     low, high = summary["reward_gain_ci95"]
     assert low <= summary["reward_gain"] <= high

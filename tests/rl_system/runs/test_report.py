@@ -97,7 +97,14 @@ def synthetic_run(root: Path, steps: int = 30, side: int = 64, groups: int = 8, 
     before, after = evaluated(16, 0.0, side), evaluated(16, 0.3, side)
     write_evaluation(run, "before", before, pictures=8)
     write_evaluation(run, "after", after, pictures=8)
-    facts = {"kl_final": 0.02, "steps": steps, "groups_trained": 4 * steps, "wall_s": 340.0, "max_staleness_seen": 1}
+    facts = {
+        "kl_final": 0.02,
+        "steps": steps,
+        "groups_trained": 4 * steps,
+        "groups_reused": 0,
+        "wall_s": 340.0,
+        "max_staleness_seen": 1,
+    }
     summary = build_summary(before, after, seed=3, engines=_ENGINES, weight_checksum_match=True, **facts)
     write_summary(run, summary)
     run.set_status("done")

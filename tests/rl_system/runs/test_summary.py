@@ -20,6 +20,7 @@ FACTS = {
     "kl_final": 0.01,
     "steps": 20,
     "groups_trained": 80,
+    "groups_reused": 0,
     "wall_s": 300.0,
     "max_staleness_seen": 1,
     "engines": {"ray": "2.60.0"},
@@ -56,7 +57,7 @@ def test_the_summary_holds_what_was_asked_for():
     assert set(summary) == {
         *("reward_before", "reward_after", "reward_gain", "reward_gain_ci95", "rewards_before", "rewards_after"),
         *("psnr_before", "psnr_after", "ssim_before", "ssim_after", "prompts", "kl_final", "steps"),
-        *("groups_trained", "wall_s", "max_staleness_seen", "engines", "weight_checksum_match"),
+        *("groups_trained", "groups_reused", "wall_s", "max_staleness_seen", "engines", "weight_checksum_match"),
     }
     # gains 0.2 * (1 + 0.1 * (0, 1, 2, 3, 4, 0)), their mean is 0.2 * (1 + 1/6)
     assert summary["reward_gain"] == pytest.approx(0.2 * (1 + 1 / 6))

@@ -31,6 +31,7 @@ class SimulatedLearner:
         trained: rows by step that its checkpoint has; the learner writes on in it.
         journal: of the driver.
         failed_rows: rows of which a request to a reward server failed.
+        lives: step of the checkpoint that each driver went on from, by its number; the last is the one that lives.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class SimulatedLearner:
         trained: dict[int, list[int]],
         journal: list[BatchRecord],
         failed_rows: set[int],
+        lives: dict[int, int],
     ) -> None:
+        self._lives = lives
         self._schedule = schedule
         self._chance = chance
         self._queue = queue
@@ -124,6 +127,7 @@ class SimulatedLearner:
         assert self._given.setdefault(step, rows) == rows, f"step {step} was given other groups before"
         assert list(self._journal[step - 1].rows) == rows, f"step {step} is not in the journal before it is trained"
         check_versions(groups, step - 1, self._schedule.max_staleness)
+        check_lineage(groups, self._lives)
         check_batch(groups, step - 1, self._spec, self._failed_rows)
         self.trained[step] = rows
 
@@ -135,6 +139,15 @@ def check_versions(groups: list[ScoredGroup], version: int, bound: int) -> None:
             for span in sample.versions:
                 lag = version - span.version
                 assert 0 <= lag <= bound, f"weights {version} are trained on tokens of weights {span.version}"
+
+
+def check_lineage(groups: list[ScoredGroup], lives: dict[int, int]) -> None:
+    """No token was sampled by weights that a later driver did not go on from: they are not those of this run."""
+    for group in groups:
+        maker = int(group.group.actor.split("/")[0])
+        newest = max(span.version for sample in group.group.samples for span in sample.versions)
+        lost = [f"driver {n} went on from {step}" for n, step in lives.items() if n > maker and step < newest]
+        assert not lost, f"driver {maker} sampled by weights {newest}: {lost}"
 
 
 def check_batch(groups: list[ScoredGroup], version: int, spec: LearnerSpec, failed_rows: set[int]) -> None:

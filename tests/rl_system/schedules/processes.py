@@ -51,8 +51,9 @@ class Handle:
 class SimulatedActor:
     """A :class:`actors.rollout_actor.RolloutActor` that only passes time and knows which weights it has."""
 
-    def __init__(self, index: int, schedule: Schedule, chance: Random) -> None:
+    def __init__(self, index: int, schedule: Schedule, chance: Random, driver: int = 0) -> None:
         self._index = index
+        self._driver = driver
         self._schedule = schedule
         self._chance = chance
         self.alive = True
@@ -96,7 +97,7 @@ class SimulatedActor:
         times = [begin + seconds * (token + 1) / TOKENS for token in range(TOKENS)]
         spans = self._spans(times)
         samples = tuple(_sample(row_of(prompt), place, spans) for place in range(self._schedule.group_size))
-        return Group(prompt, samples, seconds, f"rollout-{self._index}")
+        return Group(prompt, samples, seconds, f"{self._driver}/rollout-{self._index}")
 
     def _check(self) -> None:
         if not self.alive:

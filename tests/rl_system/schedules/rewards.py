@@ -92,20 +92,23 @@ def check_scores(group: ScoredGroup, failed_rows: set[int]) -> np.ndarray:
 
 
 class Servers:
-    """A :class:`reward_servers.transports.Transport` to simulated servers."""
+    """A :class:`reward_servers.transports.Transport` to simulated servers.
 
-    def __init__(self, schedule: Schedule, chance: Any) -> None:
+    Args:
+        failed_rows: gets the rows of which a request got no answer.
+    """
+
+    def __init__(self, schedule: Schedule, chance: Any, failed_rows: set[int]) -> None:
         self._schedule = schedule
         self._chance = chance
-        self.failed_rows: set[int] = set()
-        """Rows of which a request got no answer."""
+        self._failed_rows = failed_rows
 
     async def call(self, server: str, method: str, arguments: Mapping[str, Any]) -> Any:
         row = row_of(arguments["image"] if method == "objects" else arguments["lr"])
         try:
             return await self._answer(method, row, arguments)
         except BaseException:  # a deadline cancels the call
-            self.failed_rows.add(row)
+            self._failed_rows.add(row)
             raise
 
     async def _answer(self, method: str, row: int, arguments: Mapping[str, Any]) -> Any:

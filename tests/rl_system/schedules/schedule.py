@@ -32,6 +32,15 @@ class End(StrEnum):
     STOP = "SIGTERM"
 
 
+class Damage(StrEnum):
+    """What is done to the run directory while no driver lives."""
+
+    CUT = "a stored group has only its first half"
+    FLIP = "a byte of a stored group is another"
+    LOSE = "a stored group is gone"
+    LEFTOVER = "a half-written file lies beside them"
+
+
 @dataclass(frozen=True)
 class Pace:
     """Longest time of each activity; the true one is drawn anew every time, uniform from 0."""
@@ -41,6 +50,7 @@ class Pace:
     train: float = 3.0
     push: float = 1.0
     call: float = 0.1
+    write: float = 0.1
     restart: float = 3.0
 
 
@@ -54,6 +64,7 @@ class Schedule:
         engine_deaths: a random actor's engine dies: the actor answers, but is of no use.
         learner_deaths: all ranks die; they go on behind the last checkpoint.
         driver_ends: the driver ends, and everything with it, and is started again; seconds of its life.
+        damages: after each end of a driver, one or none of these.
         failure_rate: share of requests to a reward server that fail.
         undetected: rows for which the detector always fails: no sample has a reward.
         unjudged: rows for which the visual expert always fails: samples without a final image have a reward.
@@ -73,6 +84,7 @@ class Schedule:
     engine_deaths: tuple[float, ...] = ()
     learner_deaths: tuple[float, ...] = ()
     driver_ends: tuple[tuple[float, End], ...] = ()
+    damages: tuple[Damage | None, ...] = ()
     failure_rate: float = 0.0
     undetected: frozenset[int] = frozenset()
     unjudged: frozenset[int] = frozenset()

@@ -23,7 +23,7 @@ from tests.rl_system.schedules.loop import simulate
 from tests.rl_system.schedules.play import Played, play
 from tests.rl_system.schedules.processes import SimulatedActor, SimulatedPool, push
 from tests.rl_system.schedules.rewards import prompt
-from tests.rl_system.schedules.schedule import STALL_TIMEOUT_S, End, Hang, Pace, Schedule
+from tests.rl_system.schedules.schedule import STALL_TIMEOUT_S, Damage, End, Hang, Pace, Schedule
 
 pytestmark = pytest.mark.unit
 
@@ -53,6 +53,7 @@ PACES = st.builds(
     train=st.sampled_from([0.0, 1.0, 6.0]),
     push=st.sampled_from([0.0, 0.5, 3.0]),
     call=st.sampled_from([0.0, 0.01, 0.5]),
+    write=st.sampled_from([0.0, 0.5, 6.0]),
     restart=st.sampled_from([0.0, 1.0, 6.0]),
 )
 CALM = st.builds(
@@ -72,6 +73,7 @@ DEATHS = {
     "engine_deaths": times(2),
     "learner_deaths": times(3),
     "driver_ends": st.lists(st.tuples(st.floats(0, 20), st.sampled_from(End)), max_size=2).map(tuple),
+    "damages": st.lists(st.sampled_from([None, *Damage]), max_size=2).map(tuple),
 }
 FAILURES = {
     "undetected": st.frozensets(st.integers(0, 8), max_size=2),
@@ -125,6 +127,21 @@ def test_whatever_fails_every_row_is_trained_once_or_dropped_for_a_reason(schedu
     assert played.error is None
     check_accounts(schedule, played)
     assert {f"row-{row}" for row in schedule.undetected if row < played.taken} <= set(played.ledger.dropped_rows())
+
+
+SLOW = Pace(generate=6.0, train=6.0)
+
+
+@pytest.mark.parametrize("how", list(End))
+@pytest.mark.parametrize("max_staleness", [0, 1, 2])
+def test_groups_that_were_ready_are_used_by_the_next_driver(how, max_staleness):
+    """In the random schedules too (``play.py`` says which must be); here it is seen that it happens."""
+    played = [
+        play(Schedule(seed, steps=4, max_staleness=max_staleness, driver_ends=((2.0 + seed, how),), pace=SLOW))
+        for seed in range(10)
+    ]
+    assert all(run.error is None and run.drivers <= 2 for run in played)
+    assert sum(run.reused for run in played) >= 2
 
 
 @schedules(50)
