@@ -15,6 +15,7 @@ COMMANDS = {
     "prepare-data": "photographs into training data: rl-system prepare-data input=DIR output=DIR captions=FILE",
     "cold-start": "supervised training on such data: rl-system cold-start recipe=toy data=DIR [KEY=VALUE ...]",
     "import-weights": "published weights into our format: rl-system import-weights KIND SOURCE OUTPUT",
+    "ablate": "the paper's ablations: rl-system ablate study=toy output=DIR photographs=DIR captions=FILE ...",
     "k8s": "render or check the manifests: rl-system k8s check [OVERLAY] [--crds DIR]",
     "serve-rewards": "reward servers of their own: rl-system serve-rewards start experiment=toy | status | scale | set",
     "simulate": "how fast a run would be: rl-system simulate run RUN_DIRECTORY | cluster --gpus 8 64 1024",
