@@ -17,6 +17,7 @@ COMMANDS = {
     "cold-start": "supervised training on such data: rl-system cold-start recipe=toy data=DIR [KEY=VALUE ...]",
     "import-weights": "published weights into our format: rl-system import-weights KIND SOURCE OUTPUT",
     "k8s": "the manifests: rl-system k8s check [OVERLAY] | render OVERLAY | submit OVERLAY | logs [POOL] | status",
+    "ablate": "the paper's ablations: rl-system ablate study=toy output=DIR photographs=DIR captions=FILE ...",
     "serve-rewards": "reward servers of their own: rl-system serve-rewards start experiment=toy | status | scale | set",
     "simulate": "how fast a run would be: rl-system simulate run RUN_DIRECTORY | cluster --gpus 8 64 1024",
     "status": "what a run is doing, or how it ended: rl-system status RUN_DIRECTORY [--watch]",

@@ -1,0 +1,1 @@
+"""Ablation studies (``rl-system ablate``): the paper's tables 2 to 5."""
