@@ -56,6 +56,16 @@ GRPO = (
     Metric("batch/groups", "", "groups that the step trained on"),
     Metric("batch/samples", "", "samples that the step trained on"),
     Metric("batch/zero_variance_groups", "", "groups whose samples all have the same total"),
+    Metric("groups/reused", "", "groups of the step that an attempt before a resume had made"),
+    *(
+        Metric(f"groups/refused_{reason}", "", f"such groups that could not be used: {why}", "there was none")
+        for reason, why in {
+            "unreadable": "the file is broken",
+            "other_prompt": "the image is another one now",
+            "lost_weights": "written by weights that the checkpoint does not have",
+            "too_old": "written by weights that are too old for its step",
+        }.items()
+    ),
     Metric("failures/rate", "0..1", "share of the rewards asked for since the step before that failed"),
     Metric("failures/format", "", "failed format rewards since the step before"),
     Metric("failures/degradation", "", "failed degradation rewards since the step before"),
