@@ -159,7 +159,7 @@ def test_a_reward_that_is_switched_off_asks_no_server_and_is_absent(group):
     assert result.valid.all()
 
 
-def test_only_the_scorer_reads_the_ground_truth():
+def test_only_the_scorer_and_the_digest_of_stored_groups_read_the_ground_truth():
     """The policy would be given the answer (``Prompt.truth``)."""
     packages = ("vlcot", "actors", "reward_servers", "learners", "rl_system", "toy")
     readers = {
@@ -169,4 +169,4 @@ def test_only_the_scorer_reads_the_ground_truth():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr == "truth"
     }
-    assert readers == {"rl_system/coordination/experts.py"}
+    assert readers == {"rl_system/coordination/experts.py", "rl_system/runs/group_file.py"}
