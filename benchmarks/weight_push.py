@@ -6,7 +6,8 @@ Two figures of one pool with one actor, pushed to through Ray as the learner doe
   come. Around a push, every wait for the next id beyond the median wait counts as standing still, whatever held it up.
   Divided by the time of a step it is the share of wall time; the step is that of a toy run, started here
   (``--step-s`` gives one that was measured before).
-* Bytes a second, of a policy of real width, against a copy of the same bytes in memory, in turn.
+* Bytes a second, of a policy of real width, through the object store and by broadcast, against a copy of the same
+  bytes in memory, in turn.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from torch import nn
 
 from actors.pool import RolloutPool
+from actors.push_group import PushBackend
 from actors.rollout_actor import RolloutActor
 from actors.spec import RolloutSpec
 from actors.weight_sink import ActorWeightSink
@@ -43,6 +45,7 @@ from vlcot.weights import PushReport, TensorSpec, checksum, pack, plan_buckets
 BUCKET_BYTES = 64 * 2**20
 STEPS, BEFORE, LAST = 12, 4, 12
 GROUPS, WAIT_S = 8, 2.0
+BACKENDS: tuple[PushBackend, ...] = ("object_store", "gloo")
 
 
 def push(sink: ActorWeightSink, version: int, parameters: Mapping[str, nn.Parameter]) -> tuple[float, PushReport]:
@@ -159,7 +162,7 @@ def standstill(pushes: int, threads: int) -> dict[str, Any]:
 
 
 def speed(rounds: int, folder: Path) -> dict[str, Any]:
-    """Push and copy in turn, of a policy of 7B's vocabulary and a quarter of its width."""
+    """Push by each backend and copy in turn, of a policy of 7B's vocabulary and a quarter of its width."""
     width = Width(hidden=1024, layers=4, heads=8, positions=1024)
     write_policy(folder / "policy", real_table(), REAL_SIZE, Layout(64, 8, 16), width, image_start=0.1)
     write_image_tokenizer(folder / "vq", 16_384)
@@ -167,27 +170,29 @@ def speed(rounds: int, folder: Path) -> dict[str, Any]:
     parameters = dict(VlcotForCausalLM.from_pretrained(folder / "policy").named_parameters())
     pool = RolloutPool(spec, 1)
     pool.start()
-    sink, nbytes = pool.weight_sink(), sum(p.numel() * p.element_size() for p in parameters.values())
-    source = np.ones(nbytes, dtype=np.uint8)
-    pushed, copied, reports = [], [], []
-    for version in range(1, rounds + 2):
-        seconds, report = push(sink, version, parameters)
+    nbytes = sum(p.numel() * p.element_size() for p in parameters.values())
+    source, copied = np.ones(nbytes, dtype=np.uint8), []
+    sinks = {backend: pool.weight_sink(backend) for backend in BACKENDS}
+    pushed: dict[str, list[tuple[float, PushReport]]] = {backend: [] for backend in BACKENDS}
+    versions = itertools.count(1)
+    for _ in range(rounds + 1):
+        for backend, sink in sinks.items():
+            pushed[backend].append(push(sink, next(versions), parameters))
         started = time.perf_counter()
         target = source.copy()
         copied.append(time.perf_counter() - started)
         del target
-        pushed.append(seconds)
-        reports.append(report)
     pool.stop()
-    pushed, copied, reports = pushed[1:], copied[1:], reports[1:]
-    phases = {phase: statistics.median(r.seconds[phase] for r in reports) for phase in reports[0].seconds}
-    return {
-        "bytes": nbytes,
-        "push_gb_per_s": nbytes / statistics.median(pushed) / 1e9,
-        "copy_gb_per_s": nbytes / statistics.median(copied) / 1e9,
-        "push_over_copy": statistics.median(p / c for p, c in zip(pushed, copied, strict=True)),
-        "phases_s": phases,
-    }
+    copied = copied[1:]  # the first round allocates, and forms the group
+    figures: dict[str, Any] = {"bytes": nbytes, "copy_gb_per_s": nbytes / statistics.median(copied) / 1e9}
+    for backend, rows in pushed.items():
+        took, reports = zip(*rows[1:], strict=True)
+        figures[backend] = {
+            "push_gb_per_s": nbytes / statistics.median(took) / 1e9,
+            "push_over_copy": statistics.median(p / c for p, c in zip(took, copied, strict=True)),
+            "phases_s": {p: statistics.median(r.seconds[p] for r in reports) for p in reports[0].seconds},
+        }
+    return figures
 
 
 def toy_step_s(folder: Path) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from rl_system.doctor.models import values_in
 from rl_system.doctor.plan import Models, Plan
 from vlcot.policy.family import read_config
 
-ENGINES = ("torch", "transformers", "ray", "deepspeed", "pyiqa", "hydra-core", "safetensors")
+ENGINES = ("torch", "transformers", "peft", "ray", "deepspeed", "pyiqa", "hydra-core", "safetensors")
 MODEL_TYPES = {
     "policy.path": ("vlcot",),
     "policy.image_tokenizer": ("janus_vqgan",),

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrize
 
+from learners.adapters import Weight
 from learners.spec import LearnerSpec, LoraSpec
 from tests.learners.ranks import run_ranks
 from tests.learners.synthetic import Oracle, PlainPolicy, scored_groups, snapshot
@@ -166,6 +167,18 @@ def test_the_exported_policy_is_the_merged_one_beside_files_that_peft_reads(runs
     for name, parameter in merged.named_parameters():
         torch.testing.assert_close(parameter, pushed[name], rtol=0, atol=1e-6, msg=name)
     assert set(load_file(path / "model.safetensors")) == set(pushed)
+
+
+@pytest.mark.unit
+def test_a_weight_is_merged_in_float32_and_rounded_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base, a, b = (torch.randn(shape, generator=generator).bfloat16() for shape in ((6, 5), (2, 5), (6, 2)))
+    base[0, 0] = -0.0
+    exact = (base.double() + 0.3 * (b.double() @ a.double())).float().bfloat16()
+    merged = Weight(tuple(nn.Parameter(x) for x in (base, a, b)), 0.3).value()
+    assert torch.equal(merged, exact) and not torch.equal(merged, base + (0.3 * (b @ a)))
+    untrained = Weight(tuple(nn.Parameter(x) for x in (base, a, torch.zeros_like(b))), 0.3).value()
+    assert checksums([("w", untrained)]) == checksums([("w", base)])  # -0 too
 
 
 WIDTHS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
