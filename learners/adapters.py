@@ -97,7 +97,7 @@ def write_adapters(
     directory.mkdir()
     named = {f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": tensor for name, tensor in factors.items()}
     save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    LoraConfig(**_settings(lora), base_model_name_or_path=str(base_model)).save_pretrained(directory)
+    LoraConfig(**_settings(lora), base_model_name_or_path=str(base_model)).save_pretrained(str(directory))
 
 
 def factors_of(module: nn.Module) -> dict[str, Weight]:
