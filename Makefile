@@ -5,6 +5,7 @@
 #                          only CUDA builds: TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   SEED=n                 seed of `make run`; of the moments at which `make chaos` kills
 #   DATA=dir               `make data-demo`: photographs of your own (with placeholder captions) beside the toy's
+#   ONLY="only=[...]"     `make ablate-demo`: some of the study's variants
 #   PYTHON=python3.11      interpreter that the virtual environment is made from
 
 ACCELERATOR ?= cpu
@@ -21,7 +22,7 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: run test test-unit check format setup bench bench-rewards bench-trl chaos data-demo cold-start-demo toy-weights clean
+.PHONY: run test test-unit check format setup bench bench-rewards bench-trl chaos data-demo cold-start-demo ablate-demo toy-weights clean
 
 setup: $(INSTALLED)
 
@@ -93,6 +94,13 @@ cold-start-demo: setup
 		min_pixels=0 min_file_kib=0 sharpen_target=false images_per_shard=128
 	$(BIN)/rl-system cold-start recipe=toy data=runs/cold-start-demo/data output_dir=runs/cold-start-demo seed=$(SEED) \
 		overwrite=true
+
+# Hours on two cores; a study that was stopped goes on. ONLY="only=[full,no_grpo]" takes some variants.
+ablate-demo: setup
+	$(BIN)/python -m toy.export_photographs runs/ablate-demo/toy --count 2048 --pairs 64
+	$(BIN)/rl-system ablate study=toy output=runs/ablate-demo/study photographs=runs/ablate-demo/toy/photographs \
+		captions=runs/ablate-demo/toy/captions.jsonl objects=runs/ablate-demo/toy/captions.jsonl \
+		test_lr=runs/ablate-demo/toy/test/lr test_hr=runs/ablate-demo/toy/test/hr $(ONLY)
 
 toy-weights: setup
 	$(BIN)/python -m toy.train_vq

@@ -2,6 +2,7 @@
 
 With ``--captions-of FOLDER`` it exports nothing, but writes a captions file for the images of that folder: placeholders
 that say only that it is a photograph, so that the demo runs without a captioner. They are nothing to train on.
+With ``--pairs N`` it also exports N held-out crops with their degraded images, for `make ablate-demo`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from toy.photographs import crop
+from toy.rows import row
 
 PLACEHOLDER = {"coarse": "a photograph", "middle": "a photograph with objects", "fine": "objects, surfaces and light"}
 
@@ -29,6 +31,16 @@ def export(folder: Path, count: int, seed: int) -> None:
         objects = list(dict.fromkeys(item.name for item in sample.objects))
         lines.append({"image": name, **vars(sample.captions), "objects": objects})
     _write(folder / "captions.jsonl", lines)
+
+
+def export_pairs(folder: Path, count: int, seed: int) -> None:
+    """Write ``test/lr/NUMBER.png`` and ``test/hr/NUMBER.png``, of the held-out split."""
+    for index in range(count):
+        held_out = row(index, "heldout", seed)
+        for name, image in (("lr", held_out.lr), ("hr", held_out.hq)):
+            path = folder / "test" / name / f"{index:05d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
 
 
 def placeholders(images: Path, path: Path) -> None:
@@ -48,11 +60,13 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--captions-of", type=Path)
+    parser.add_argument("--pairs", type=int, default=0)
     args = parser.parse_args()
     if args.captions_of:
         placeholders(args.captions_of, args.folder / "captions.jsonl")
     else:
         export(args.folder, args.count, args.seed)
+        export_pairs(args.folder, args.pairs, args.seed)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rl_system.config.compose import compose_config
 from rl_system.studies.ablate.settings import AblateConfig, VariantConfig, blocks, chosen_variants
 from vlcot.policy.family import Family
 
@@ -68,7 +69,8 @@ def make_plan(config: AblateConfig) -> Plan:
             if variant.train is not None:
                 stages.append(_train(config, name, variant, seed))
             results.append(_result(config, name, variant, seed))
-    stages += [_restore(config, result) for result in results]
+    instruction = compose_config([o.replace("{data}", ".") for o in config.train]).policy.instruction
+    stages += [_restore(config, result, instruction) for result in results]
     stages.append(_evaluate(config, results))
     return Plan(layouts, tuple(stages), tuple(results))
 
@@ -145,12 +147,13 @@ def _result(config: AblateConfig, name: str, variant: VariantConfig, seed: int) 
     return Result(name, seed, method, _cold_policy(config, layout, seed), run_before, "before", restored)
 
 
-def _restore(config: AblateConfig, result: Result) -> Stage:
+def _restore(config: AblateConfig, result: Result, instruction: str) -> Stage:
     return _stage(
         f"restore-{result.method}",
         "restore",
         *("--input", config.test_lr, "--output", str(result.restored), "--checkpoint", str(result.policy)),
-        *("--image-tokenizer", config.image_tokenizer, "--seed", str(result.seed), "--skip-existing"),
+        *("--image-tokenizer", config.image_tokenizer, "--instruction", instruction),
+        *("--seed", str(result.seed), "--skip-existing"),
         *config.restore,
     )
 
