@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -29,14 +28,17 @@ class StageFailed(Exception):
 
 
 def write_layouts(config: AblateConfig, plan: Plan) -> None:
-    """A directory with configuration and tokenizer for each layout."""
+    """A policy directory for each layout: its own configuration, and links to weights and tokenizer."""
     source = Path(config.policy)
     for name, blocks in plan.layouts.items():
         directory = policy_directory(config, name)
         directory.mkdir(parents=True, exist_ok=True)
         record = json.loads((source / "config.json").read_text())
         record["layout"]["blocks"] = list(blocks)
-        shutil.copyfile(source / "tokenizer.json", directory / "tokenizer.json")
+        for path in (source / "tokenizer.json", *source.glob("*.safetensors*")):
+            link = directory / path.name
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.resolve())
         write_json(directory / "config.json", record)
 
 

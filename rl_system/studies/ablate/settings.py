@@ -50,7 +50,7 @@ class AblateConfig:
     base: str = MISSING
     """The variant that the others are compared with."""
     policy: str = MISSING
-    """Policy directory: configuration, layout and tokenizer of all variants."""
+    """Policy directory: configuration and tokenizer of all variants, and the weights that a recipe may start from."""
     image_tokenizer: str = MISSING
     prepare: list[str] = field(default_factory=list)
     """Overrides of ``prepare-data``."""

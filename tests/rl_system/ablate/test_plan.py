@@ -75,7 +75,9 @@ def test_a_layout_directory_is_a_family_of_its_own(given):
     plan = make_plan(config)
     run.write_layouts(config, plan)
     for name, blocks in plan.layouts.items():
-        assert Family.from_pretrained(policy_directory(config, name)).layout.blocks == blocks
+        directory = policy_directory(config, name)
+        assert Family.from_pretrained(directory).layout.blocks == blocks
+        assert (directory / "model.safetensors").samefile(Path(config.policy) / "model.safetensors")
 
 
 @pytest.mark.parametrize(
