@@ -87,6 +87,14 @@ def test_a_run_says_what_goes_with_its_policy(tmp_path):
         assert found.policy == policy and found.image_tokenizer == VQ
         assert (found.instruction, found.temperature) == ("better: <|image|>", 0.8)
     assert find_checkpoint(run, None, "other <|image|>").instruction == "other <|image|>"
+    cold_start = f"policy:\n  image_tokenizer: {VQ}\ndata: {tmp_path}/data\nevaluation:\n  temperature: 0.7\n"
+    (run / "config.yaml").write_text(cold_start)
+    with pytest.raises(ValueError, match="say --instruction"):
+        find_checkpoint(run, None, None)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/config.yaml").write_text("instruction: 'colder: <|image|>'\n")
+    found = find_checkpoint(run, None, None)
+    assert (found.instruction, found.temperature) == ("colder: <|image|>", 0.7)
     shipped = find_checkpoint(TOY, None, None)
     assert shipped.image_tokenizer.samefile(VQ) and shipped.instruction == "Restore step by step: <|image|>"
     alone = tmp_path / "alone"
