@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from PIL import Image
 
+from actors.decoding import Decoding
 from actors.spec import RolloutSpec
 from benchmarks.figures import machine, output_option, write
 from rl_system.studies.restore.experts import agreement, likelihood
@@ -59,7 +60,7 @@ def restore_all(rows: int, align: str) -> tuple[np.ndarray, dict[str, np.ndarray
             max_num_seqs=batch,
             kv_cache_gib=0.5,
         )
-        return VllmSampler(spec)
+        return VllmSampler(spec, Decoding(checkpoint.temperature))
 
     failed: list[Outcome] = []
     with TemporaryDirectory() as folder:

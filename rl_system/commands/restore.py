@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from rl_system.commands import exit_codes
 
 if TYPE_CHECKING:
+    from actors.decoding import EntropyTopK
     from rl_system.studies.restore.files import Job
     from rl_system.studies.restore.pictures import Drawing
     from rl_system.studies.restore.policy import Checkpoint, QuestionWriter
@@ -87,9 +88,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--best", metavar="EXPERT", help="keep the best sample only: agreement, likelihood, NIQE, MUSIQ, ... (docs)")
     add("--weights", metavar="DIR", type=Path, help="weight files of the metric that chooses (docs/evaluate.md)")
     add("--temperature", metavar="T", type=_temperature, help="of sampling; default: that of training")
+    add("--guidance", metavar="S", type=_guidance, default=1.0, help="inside images; 1, the default, is off (docs)")
+    add(
+        "--image-top-k", metavar="K|dynamic", type=_image_top_k, help="of image codes, by entropy or fixed; default all"
+    )
+    add("--text-top-k", metavar="K", type=_positive, help="of text; 1 is greedy; default all")
     add("--save-steps", action="store_true", help="coarse and middle images and the chain's texts, in OUTPUT/steps")
     add("--compare", action="store_true", help="strips of bicubic and restored, in OUTPUT/compare")
-    add("--backend", choices=BACKENDS, default="vllm", help="transformers is slower and runs where vLLM does not")
+    add("--backend", choices=BACKENDS, help="default vllm; transformers with --guidance, or where vLLM does not run")
     add("--device", choices=DEVICES, default="auto", help="default: cuda where there is one")
     add("--dtype", choices=DTYPES, default="auto", help="default: float32 on a CPU, bfloat16 on a GPU")
     add("--batch", metavar="N", type=_positive, default=32, help="chains sampled at a time; default 32")
@@ -123,6 +129,10 @@ def _plan(options: argparse.Namespace) -> _Plan:
     if options.best is not None and options.best not in experts.EXPERTS:
         raise ValueError(f"--best {options.best}: there are {', '.join(experts.EXPERTS)}")
     kept = 1 if options.best else options.samples
+    if options.backend is None:
+        options.backend = "vllm" if options.guidance == 1 else "transformers"
+    elif options.backend == "vllm" and options.guidance != 1:
+        raise ValueError("--guidance is not in vLLM: leave --backend out, or say --backend transformers")
     jobs, others = files.find_jobs(options.input, options.output, kept)
     disable_progress_bar()  # of loading weights; ours says what there is to know
     checkpoint = policy.find_checkpoint(options.checkpoint, options.image_tokenizer, options.instruction)
@@ -174,6 +184,7 @@ def _device(options: argparse.Namespace) -> str:
 
 
 def _sampler(options: argparse.Namespace, checkpoint: Checkpoint, device: str, prompt: int) -> Callable[[int], Sampler]:
+    from actors.decoding import Decoding
     from actors.spec import RolloutSpec
     from rl_system.doctor.machine import free_memory
     from rl_system.studies.restore import policy
@@ -181,6 +192,8 @@ def _sampler(options: argparse.Namespace, checkpoint: Checkpoint, device: str, p
 
     dtype = {"cpu": "float32", "cuda": "bfloat16"}[device] if options.dtype == "auto" else options.dtype
     room = policy.positions(checkpoint.policy) - prompt
+    temperature = options.temperature or checkpoint.temperature
+    decoding = Decoding(temperature, options.guidance, options.image_top_k, options.text_top_k)
 
     def spec(batch: int) -> RolloutSpec:
         sequence = policy.cache_bytes(checkpoint.policy, 4 if dtype == "float32" else 2)
@@ -189,7 +202,7 @@ def _sampler(options: argparse.Namespace, checkpoint: Checkpoint, device: str, p
             policy=str(checkpoint.policy),
             image_tokenizer=str(checkpoint.image_tokenizer),
             group_size=options.samples,
-            temperature=options.temperature or checkpoint.temperature,
+            temperature=temperature,
             max_new_tokens=room,
             max_num_seqs=batch,
             kv_cache_gib=min(needed, CPU_CACHE_SHARE * free_memory()) / 2**30 if device == "cpu" else None,
@@ -200,8 +213,8 @@ def _sampler(options: argparse.Namespace, checkpoint: Checkpoint, device: str, p
         )
 
     if options.backend == "transformers":
-        return lambda batch: TransformersSampler(spec(batch), device)
-    return lambda batch: VllmSampler(spec(batch))
+        return lambda batch: TransformersSampler(spec(batch), device, decoding)
+    return lambda batch: VllmSampler(spec(batch), decoding)
 
 
 def _restore(options: argparse.Namespace, plan: _Plan) -> int:
@@ -284,6 +297,19 @@ def _temperature(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
     return value
+
+
+def _guidance(text: str) -> float:
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0")
+    return value
+
+
+def _image_top_k(text: str) -> EntropyTopK:
+    from actors.decoding import EntropyTopK
+
+    return EntropyTopK() if text == "dynamic" else EntropyTopK(_positive(text), _positive(text))
 
 
 def _number(text: str) -> float:

@@ -125,28 +125,36 @@ def _known(policy: Path) -> Mapping[str, Any]:
     """Image tokenizer, instruction and temperature, as far as they are written down somewhere."""
     for place in policy.resolve().parents[:3]:  # RUN/checkpoints/NAME/policy
         if (place / "config.yaml").is_file():
-            return _said(yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8")))
+            return _said(_read(place / "config.yaml"))
     for settings, root in _shipped():
         if (root / settings["path"]).resolve() == policy.resolve():
             return {**settings, "image_tokenizer": root / settings["image_tokenizer"]}
     return {}
 
 
-def _said(config: Any) -> Mapping[str, Any]:
-    """What the configuration of a run says; a cold start has no instruction (its data have)."""
-    if not isinstance(config, dict) or not isinstance(config.get("policy"), dict):
+def _said(config: dict[str, Any]) -> Mapping[str, Any]:
+    """What the configuration of a run says; the question of a cold start is that of its prepared data."""
+    if not isinstance(config.get("policy"), dict):
         return {}
     sampling = config.get("rollout") or config.get("evaluation") or {}
     found = {key: config["policy"].get(key) for key in ("image_tokenizer", "instruction")}
     found["temperature"] = sampling.get("temperature")
+    data = config.get("data")
+    if found["instruction"] is None and isinstance(data, str) and (Path(data) / "config.yaml").is_file():
+        found["instruction"] = _read(Path(data) / "config.yaml").get("instruction")
     return {key: value for key, value in found.items() if value is not None}
 
 
 def _shipped() -> Iterator[tuple[dict[str, Any], Path]]:
     for file in sorted((CONFIG_DIR / "policy").glob("*.yaml")):
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        settings = _read(file)
         for root in (Path.cwd(), CONFIG_DIR.parent):
             yield settings, root
+
+
+def _read(file: Path) -> dict[str, Any]:
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
 
 
 def _optional_path(value: Any) -> Path | None:

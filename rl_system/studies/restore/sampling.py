@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from actors.decoding import Decoding
 from actors.errors import EngineLostError
 from actors.reference_sampler import ReferenceSampler
 from actors.rollout_actor import RolloutActor
@@ -55,13 +56,15 @@ class VllmSampler:
 
     Args:
         spec: of the actor; ``max_num_seqs`` chains are sampled at the same time, and as many wait.
+        decoding: of every prompt; vLLM has no guidance.
 
     Raises:
         OutOfMemory: the engine did not start.
         ValueError: a checkpoint is missing or is no policy.
     """
 
-    def __init__(self, spec: RolloutSpec) -> None:
+    def __init__(self, spec: RolloutSpec, decoding: Decoding) -> None:
+        self._decoding = decoding
         self._loop = asyncio.new_event_loop()
         self._open: set[asyncio.Task[Group]] = set()
         self._most = 2 * max(1, spec.max_num_seqs // spec.group_size)
@@ -80,7 +83,7 @@ class VllmSampler:
 
     def submit(self, prompt: Prompt) -> None:
         """See :class:`Sampler`."""
-        self._open.add(self._loop.create_task(self._actor.generate(prompt)))
+        self._open.add(self._loop.create_task(self._actor.generate(prompt, decoding=self._decoding)))
 
     def finished(self) -> Group:
         """See :class:`Sampler`."""
@@ -109,14 +112,16 @@ class VllmSampler:
 
 
 class TransformersSampler:
-    """The same distribution with transformers alone, one prompt after the other: small machines, and devices
-    that this vLLM is not built for. Equal seeds give other chains than vLLM's.
+    """The same distribution with transformers alone: guidance, small machines, devices that this vLLM is not built
+    for. Prompts are sampled in batches that end together. Equal seeds give other chains than vLLM's.
 
     Args:
+        spec: ``max_num_seqs`` chains are one batch.
         device: of policy and image tokenizer.
+        decoding: of every prompt.
     """
 
-    def __init__(self, spec: RolloutSpec, device: str) -> None:
+    def __init__(self, spec: RolloutSpec, device: str, decoding: Decoding) -> None:
         import torch
 
         from vlcot.policy.model import VlcotForCausalLM
@@ -133,12 +138,15 @@ class TransformersSampler:
             max_new_tokens=spec.max_new_tokens,
             seed=spec.seed,
         )
+        self._decoding = decoding
+        self._most = max(1, spec.max_num_seqs // spec.group_size)
         self._open: deque[Prompt] = deque()
+        self._done: deque[Group] = deque()
 
     @property
     def room(self) -> bool:
         """See :class:`Sampler`."""
-        return not self._open
+        return len(self._open) < self._most
 
     def submit(self, prompt: Prompt) -> None:
         """See :class:`Sampler`."""
@@ -147,7 +155,10 @@ class TransformersSampler:
     def finished(self) -> Group:
         """See :class:`Sampler`."""
         try:
-            return self._sampler.generate(self._open.popleft())
+            if not self._done:
+                batch = [self._open.popleft() for _ in range(min(self._most, len(self._open)))]
+                self._done.extend(self._sampler.generate_batch(batch, [self._decoding] * len(batch)))
+            return self._done.popleft()
         except (MemoryError, RuntimeError) as error:
             if not is_memory(error):
                 raise

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from skimage import data
 
+from actors.decoding import PURE, Decoding
 from actors.spec import RolloutSpec
 from reward_servers.contract import Measurement
 from rl_system.commands.main import main
@@ -57,6 +58,9 @@ def test_what_cannot_be_is_refused_in_one_line_before_anything_starts(photo, tmp
     assert "not a number from 1 to 16" in refused(capsys, photo, out, "--upscale", "0.5")
     assert "not a positive number" in refused(capsys, photo, out, "--temperature", "nan")
     assert "not a whole number from 1" in refused(capsys, photo, out, "--batch", "0")
+    assert "not a number from 0" in refused(capsys, photo, out, "--guidance", "-1")
+    assert "not a whole number from 1" in refused(capsys, photo, out, "--image-top-k", "some")
+    assert "--guidance is not in vLLM" in refused(capsys, photo, out, "--guidance", "0.8", backend="vllm")
     assert "would overwrite an input" in refused(capsys, photo, tmp_path)
     assert "<|image|> exactly once" in refused(capsys, photo, out, "--instruction", "restore")
     assert "no image tokenizer at" in refused(capsys, photo, out, "--image-tokenizer", str(tmp_path))
@@ -83,6 +87,14 @@ def test_a_run_says_what_goes_with_its_policy(tmp_path):
         assert found.policy == policy and found.image_tokenizer == VQ
         assert (found.instruction, found.temperature) == ("better: <|image|>", 0.8)
     assert find_checkpoint(run, None, "other <|image|>").instruction == "other <|image|>"
+    cold_start = f"policy:\n  image_tokenizer: {VQ}\ndata: {tmp_path}/data\nevaluation:\n  temperature: 0.7\n"
+    (run / "config.yaml").write_text(cold_start)
+    with pytest.raises(ValueError, match="say --instruction"):
+        find_checkpoint(run, None, None)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/config.yaml").write_text("instruction: 'colder: <|image|>'\n")
+    found = find_checkpoint(run, None, None)
+    assert (found.instruction, found.temperature) == ("colder: <|image|>", 0.7)
     shipped = find_checkpoint(TOY, None, None)
     assert shipped.image_tokenizer.samefile(VQ) and shipped.instruction == "Restore step by step: <|image|>"
     alone = tmp_path / "alone"
@@ -115,16 +127,20 @@ def test_metrics_choose_by_their_own_direction(monkeypatch):
 def test_the_log_of_a_batch_and_its_exit_code(photo, tmp_path, capsys, monkeypatch):
     """With a stand-in for the sampler: what is printed where, and how a failed picture ends the command."""
     specs: list[RolloutSpec] = []
+    decodings: list[Decoding] = []
 
-    def start(spec, device):
+    def start(spec, device, decoding):
         specs.append(spec)
+        decodings.append(decoding)
         return StandInSampler(spec.group_size)
 
     monkeypatch.setattr(sampling, "TransformersSampler", start)
     (tmp_path / "broken.png").write_text("text")
     (tmp_path / "notes.txt").touch()
     out, more = tmp_path / "out", ("--samples", "2", "--best", "likelihood", "--seed", "7", "--json")
-    assert restore(tmp_path, out, *more) == 1
+    decoded = ("--guidance", "0.8", "--image-top-k", "dynamic", "--text-top-k", "1", "--temperature", "0.9")
+    assert restore(tmp_path, out, *more, *decoded) == 1
+    assert decodings == [PURE]
     printed = capsys.readouterr()
     broken, restored, summary = map(json.loads, printed.out.splitlines())
     assert (broken["status"], broken["error"]) == ("failed", "is not an image")
@@ -198,8 +214,9 @@ def test_vllm_restores_128_to_512_in_tiles_without_seams(photo, tmp_path, capsys
 
 
 @pytest.mark.engine
-def test_transformers_restores_without_vllm(photo, tmp_path):
-    assert restore(photo, tmp_path / "out", "--samples", "2", "--seed", "1") == 0
+def test_transformers_restores_without_vllm_with_guidance_and_top_k(photo, tmp_path):
+    decoded = ("--guidance", "0.8", "--image-top-k", "dynamic", "--text-top-k", "1")
+    assert restore(photo, tmp_path / "out", "--samples", "2", "--seed", "1", *decoded) == 0
     first, second = (np.asarray(Image.open(tmp_path / f"out/photo_{number}.png")) for number in (1, 2))
     assert first.shape == (64, 64, 3) and (first != second).any()
     bicubic = np.asarray(Image.open(photo).resize((64, 64), Image.Resampling.BICUBIC)).astype(float)
