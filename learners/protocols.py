@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from learners.spec import LearnerSpec
 from vlcot.groups import ScoredGroup
-from vlcot.weights import WeightSink
+
+if TYPE_CHECKING:  # they import torch; the experience queue's process, which needs only these classes, does not
+    from learners.spec import LearnerSpec
+    from vlcot.weights import WeightSink
 
 
 class BatchSource(Protocol):

@@ -49,7 +49,6 @@ from rl_system.runs.timeline import TimelineEvent, TimelineWriter
 from rl_system.runs.trackers import open_trackers
 from vlcot.groups import ScoredGroup
 from vlcot.policy.family import Family
-from vlcot.tokenizer.image import ImageTokenizer
 from vlcot.weights import checksums
 
 LOG = logging.getLogger(__name__)
@@ -85,10 +84,6 @@ class TrainingRun:
         self._resumed = resumed
         self._source = source
         self._progress = progress
-        family = Family.from_pretrained(config.policy.path)
-        tokenizer = ImageTokenizer.from_pretrained(config.policy.image_tokenizer)
-        self._builder = PromptBuilder(family, tokenizer, config.policy.instruction)
-        self._held_out = HeldOut.of(source, self._builder, config.evaluation.prompts, config.seed)
         self._meter = PipelineMeter()
         self._groups = GroupStore(run.groups, config.kept_groups)
         self._timeline = TimelineWriter(run.timeline)
@@ -108,7 +103,9 @@ class TrainingRun:
             queue = ray.remote(num_cpus=0)(ExperienceQueue).remote()
             pool = await self._create_pool(stack)
             learner = self._start_learner(queue, pool)  # first: it takes as long as the servers
-            scorer = await self._start_servers(stack, pool)
+            scorer, _ = await _all_or_first_error(
+                self._start_servers(stack, pool), asyncio.to_thread(self._build_prompts)
+            )
             done = await self._steps_done(queue, learner)
             before = await self._before(pool, scorer, len(done))
             self._open_records(stack, done)
@@ -121,6 +118,16 @@ class TrainingRun:
             match = await self._weights_match(pool, result)
             self._ready.forget(self._ledger.counts().total())
         return self._summary(before, after, match, time.time() - began)
+
+    def _build_prompts(self) -> None:
+        """The way from rows to prompts, and the held-out ones."""
+        from vlcot.tokenizer.image import ImageTokenizer  # seconds of CPU: not before the actors have begun to start
+
+        config = self._config
+        family = Family.from_pretrained(config.policy.path)
+        tokenizer = ImageTokenizer.from_pretrained(config.policy.image_tokenizer)
+        self._builder = PromptBuilder(family, tokenizer, config.policy.instruction)
+        self._held_out = HeldOut.of(self._source, self._builder, config.evaluation.prompts, config.seed)
 
     async def _create_pool(self, stack: AsyncExitStack) -> RolloutPool:
         """Rollout actors whose engines begin to start."""

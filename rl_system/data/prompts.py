@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,7 +12,9 @@ from rl_system.data.rows import Row, RowSource
 from vlcot.groups import Prompt
 from vlcot.images import upscale_for_policy
 from vlcot.policy.family import Family
-from vlcot.tokenizer.image import ImageTokenizer
+
+if TYPE_CHECKING:  # it brings transformers' modelling code with it, seconds of CPU
+    from vlcot.tokenizer.image import ImageTokenizer
 
 
 class PromptBuilder:
