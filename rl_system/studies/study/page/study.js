@@ -187,6 +187,14 @@ async function begin() {
   await enter((await call("POST", "", {})).code);
 }
 
+/** On a computer that several people use: what is chosen stays with its participant's address. */
+function other() {
+  localStorage.removeItem("participant");
+  history.replaceState(null, "", location.pathname);
+  Object.assign(state, { code: null, votes: new Map() });
+  show("start");
+}
+
 /** Go on as the participant of the address, else as the one that this browser knows; else welcome a new one. */
 async function resume() {
   const named = new URLSearchParams(location.search).get("participant");
@@ -206,7 +214,7 @@ const KEYS = { ArrowLeft: back, ArrowRight: forward, u: undo, Backspace: undo, z
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.altKey || event.metaKey || event.repeat || !$("start").hidden) return;
-  const number = Number(event.key);
+  const number = Number(event.key) || Number(/^Digit([1-9])$/.exec(event.code)?.[1]); // AZERTY has other signs there
   const action = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
   if (action) step(async () => action());
   else if (Number.isInteger(number) && number >= 1 && number <= state.pictures && !$("voting").hidden) {
@@ -225,7 +233,7 @@ $("pictures").addEventListener("pointermove", (event) => {
 
 addEventListener("resize", () => $("voting").hidden || fit());
 
-for (const [id, action] of Object.entries({ begin, back, forward, undo, zoom, review: back })) {
+for (const [id, action] of Object.entries({ begin, back, forward, undo, zoom, other, review: back })) {
   $(id).addEventListener("click", () => step(async () => action()));
 }
 
