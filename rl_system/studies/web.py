@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -17,8 +18,8 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.routing import BaseRoute
+from starlette.responses import FileResponse, JSONResponse
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOG = logging.getLogger(__name__)
@@ -62,6 +63,18 @@ def application(routes: Sequence[BaseRoute], unavailable: Mapping[type[Exception
 def error_answer(status: int, kind: str, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The one form of an error."""
     return JSONResponse({"error": {"type": kind, "message": message}}, status, headers)
+
+
+def page_routes(folder: Path, page: str) -> list[BaseRoute]:
+    """Routes of a page: ``PAGE.html`` of ``folder`` at the root, ``PAGE.js`` and ``PAGE.css`` beside it."""
+
+    def route(path: str, name: str) -> Route:
+        async def answer(request: Request) -> FileResponse:
+            return FileResponse(folder / name)
+
+        return Route(path, answer)
+
+    return [route("/", f"{page}.html"), *(route(f"/{page}.{kind}", f"{page}.{kind}") for kind in ("js", "css"))]
 
 
 async def read_body(request: Request, content_types: Sequence[str], limit: int) -> bytes:

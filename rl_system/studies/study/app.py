@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from rl_system.studies.evaluate.images import EvaluationRefused
 from rl_system.studies.study.material import Material, order_for, plain_png
 from rl_system.studies.study.votes import VoteBook
-from rl_system.studies.web import RequestRefused, application, read_json
+from rl_system.studies.web import RequestRefused, application, page_routes, read_json
 
 _PAGE = Path(__file__).with_name("page")
 _ONE = "/api/participants/{code}"
@@ -40,8 +39,7 @@ def study_app(material: Material, book: VoteBook, local: bool) -> Starlette:
     """
     calls = _Calls(material, book)
     routes = [
-        Route("/", _file("study.html")),
-        *(Route(f"/{name}", _file(name)) for name in ("study.js", "study.css")),
+        *page_routes(_PAGE, "study"),
         Route("/api/participants", calls.join, methods=["POST"]),
         Route(_ONE, calls.progress),
         Route(f"{_ONE}/votes/{{image}}", calls.vote, methods=["PUT"]),
@@ -119,10 +117,3 @@ def _number(request: Request, name: str) -> int:
     """A number of the path; -1, which nothing has, if it is none or longer than any."""
     text: str = request.path_params[name]
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else -1
-
-
-def _file(name: str) -> Callable[[Request], Awaitable[Response]]:
-    async def answer(request: Request) -> Response:
-        return FileResponse(_PAGE / name)
-
-    return answer
