@@ -35,8 +35,9 @@ def chromium() -> str:
 def browser() -> Iterator[object]:
     """A Playwright browser, closed at the end."""
     path = chromium()
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=20_000)  # milliseconds; the machine may be busy with something else
     with sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=path, args=list(FLAGS))
         try:

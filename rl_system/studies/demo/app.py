@@ -108,16 +108,18 @@ class _Calls:
             self._open -= 1
 
     def _work(self, key: str, photograph: Photograph, seed: int, tell: Tell) -> None:
+        folder, message = self._output / key, ""
         try:
-            self._restorer.restore(photograph, seed, self._output / key, tell)
+            self._restorer.restore(photograph, seed, folder, tell)
             return
         except _Gone:
-            return
+            LOG.info("%s: nobody listens any more", key)
         except ImageRefused as error:
             message = f"The photograph {error}."
         except Exception as error:  # the next photograph may do better
             LOG.exception("a restoration failed")
             message = f"{type(error).__name__}: {error}"
+        shutil.rmtree(folder)
         with suppress(_Gone):
             tell({"type": "failed", "message": message})
 

@@ -94,11 +94,12 @@ def test_events_come_line_by_line_and_results_stay(client, tmp_path):
     assert [client.get(path).status_code for path in ("/", "/demo.js", "/demo.css")] == [200] * 3
 
 
-def test_what_goes_wrong_is_told_and_the_next_photograph_is_restored(client):
+def test_what_goes_wrong_is_told_and_the_next_photograph_is_restored(client, tmp_path):
     for seed, message in ((1, "The photograph is too green."), (2, "RuntimeError: broken")):
         told = events(client.post(f"{CALL}?seed={seed}", content=png(), headers=BINARY))
         assert told[-1]["type"] == "failed" and told[-1]["message"] == message
         assert refusal(client.get(f"{CALL}/{told[-1]['id']}/restored.png")) == (404, "no_result")
+        assert not list((tmp_path / "out").iterdir())
     assert events(client.post(CALL, content=png(), headers=BINARY))[-1]["type"] == "done"
 
 

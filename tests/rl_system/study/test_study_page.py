@@ -64,8 +64,10 @@ def rows(tmp_path) -> list[tuple]:
         db.close()
 
 
-def chosen(page: Page, number: int) -> None:
-    expect(page.get_by_text(f"{number} of {IMAGES} chosen")).to_be_visible()
+def shown(page: Page, image: int, votes: int) -> None:
+    """Wait until the page shows ``image`` with so many votes cast: what led there is stored."""
+    expect(page.get_by_role("region", name=f"Photograph {image} of {IMAGES}")).to_be_visible()
+    expect(page.get_by_text(f"{votes} of {IMAGES} chosen")).to_be_visible()
     expect(page.locator("#pictures[aria-busy]")).to_have_count(0)
 
 
@@ -76,7 +78,7 @@ def test_a_study_from_begin_to_results_with_a_restart_in_the_middle(study, chrom
     heard = listened(page)
     page.goto(server.address)
     page.get_by_role("button", name="Begin").click()
-    chosen(page, 0)
+    shown(page, 1, 0)
     code = parse_qs(urlsplit(page.url).query)["participant"][0]
     order = order_for(code, SEED, IMAGES, len(METHODS))
 
@@ -85,19 +87,20 @@ def test_a_study_from_begin_to_results_with_a_restart_in_the_middle(study, chrom
         return [(code, order[i - 1][0], METHODS[order[i - 1][1][p - 1]]) for i, p in votes]
 
     page.get_by_role("button", name="Restoration 2 of 3").click()
-    chosen(page, 1)
+    shown(page, 2, 1)
     page.keyboard.press("3")
-    chosen(page, 2)
+    shown(page, 3, 2)
     assert rows(tmp_path) == expected((1, 2), (2, 3))
     page.keyboard.press("u")  # back to image 2, which has no vote any more
-    chosen(page, 1)
+    shown(page, 2, 1)
     assert rows(tmp_path) == expected((1, 2))
     page.keyboard.press("ArrowLeft")
+    shown(page, 1, 1)
     expect(page.get_by_role("button", name="Restoration 2 of 3")).to_have_attribute("aria-pressed", "true")
     if folder := os.environ.get("SCREENSHOTS"):
         page.screenshot(path=f"{folder}/study.png")
     page.keyboard.press("1")  # another vote on image 1; goes on to image 2
-    chosen(page, 1)
+    shown(page, 2, 1)
     assert rows(tmp_path) == expected((1, 1))
 
     server.process.kill()  # nothing that was voted on may be lost
@@ -106,18 +109,19 @@ def test_a_study_from_begin_to_results_with_a_restart_in_the_middle(study, chrom
     expect(page.get_by_role("alert")).to_contain_text("The server does not answer")
     server = study(port)
     page.keyboard.press("2")
-    chosen(page, 2)
+    shown(page, 3, 2)
     assert rows(tmp_path) == expected((1, 1), (2, 2))
 
     other = chrome.new_context().new_page()  # another computer: no storage, only the address
     heard += listened(other)
     other.goto(page.url)
-    chosen(other, 2)
+    shown(other, 3, 2)
     other.get_by_role("button", name="Restoration 1 of 3").focus()
     other.keyboard.press("Enter")
-    chosen(other, 3)
+    shown(other, 4, 3)
+    expect(other.get_by_role("region", name="Photograph 4 of 4")).to_be_focused()  # Enter once more votes on nothing
     page.goto(server.address)  # the first computer: no code in the address, only storage
-    chosen(page, 3)
+    shown(page, 4, 3)
     page.keyboard.press("3")
     expect(page.get_by_role("heading", name="Thank you")).to_be_visible()
     final = expected((1, 1), (2, 2), (3, 1), (4, 3))
@@ -125,7 +129,7 @@ def test_a_study_from_begin_to_results_with_a_restart_in_the_middle(study, chrom
 
     page.get_by_role("button", name="Someone else begins").click()
     page.get_by_role("button", name="Begin").click()
-    chosen(page, 0)
+    shown(page, 1, 0)
     assert rows(tmp_path) == final and code not in page.url
     server.stop()
     assert server.process.returncode == 0
@@ -153,7 +157,7 @@ def test_zoom_fits_and_unknown_participants(study, chrome):
     page.goto(f"{server.address}?participant=nobody")
     expect(page.get_by_role("alert")).to_contain_text("a participant whom this study does not know")
     page.get_by_role("button", name="Begin").click()
-    chosen(page, 0)
+    shown(page, 1, 0)
     pictures = page.locator("#pictures img")
     boxes = [pictures.nth(i).bounding_box() for i in range(4)]
     assert {(round(b["width"]), round(b["height"])) for b in boxes} == {(round(boxes[0]["width"]),) * 2}

@@ -59,6 +59,7 @@ async function load(image, picture) {
 }
 
 async function open(image) {
+  let focused;
   $("pictures").setAttribute("aria-busy", "true");
   try {
     const numbers = Array.from({ length: state.pictures + 1 }, (_, picture) => picture);
@@ -67,9 +68,8 @@ async function open(image) {
     state.size = [loaded[1].naturalWidth, loaded[1].naturalHeight];
     $("photograph").src = loaded[0].src;
     $("photograph").style.aspectRatio = state.size.join(" / ");
-    const focused = $("choices").contains(document.activeElement);
+    focused = $("choices").contains(document.activeElement);
     $("choices").replaceChildren(...loaded.slice(1).map(choice));
-    if (focused) $("choices").firstChild.focus({ preventScroll: true });
   } finally {
     $("pictures").removeAttribute("aria-busy");
   }
@@ -79,6 +79,7 @@ async function open(image) {
   $("voting").setAttribute("aria-label", `Photograph ${image} of ${state.images} and its restorations`);
   show("voting");
   fit();
+  if (focused) $("voting").focus({ preventScroll: true }); // no choice: a key held down must not vote again
   for (let picture = 0; image < state.images && picture <= state.pictures; picture++) {
     new Image().src = address(image + 1, picture);
   }
