@@ -8,7 +8,7 @@ never be apart, which vLLM's scheduler does not promise (docs/decoding.md).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from actors.samples import ImageDecoder, RawSample, build_samples, request_seed
 from vlcot.groups import Group, Prompt, VersionSpan
 from vlcot.policy.family import Family
 from vlcot.policy.model import VlcotForCausalLM
+
+Watch = Callable[[int, int], None]
+"""Told the row of a chain in the batch and each of its ids as soon as it is sampled; may raise to end the sampling."""
 
 
 class ReferenceSampler:
@@ -59,11 +62,13 @@ class ReferenceSampler:
         self._version = version
         self._choice = Choice(model, self._builder.grammar)
 
-    def generate(self, prompt: Prompt, decoding: Decoding | None = None) -> Group:
+    def generate(self, prompt: Prompt, decoding: Decoding | None = None, watch: Watch | None = None) -> Group:
         """Sample the G chains of ``prompt``, by default at the sampler's temperature and no more."""
-        return self.generate_batch([prompt], [decoding])[0]
+        return self.generate_batch([prompt], [decoding], watch)[0]
 
-    def generate_batch(self, prompts: Sequence[Prompt], decodings: Sequence[Decoding | None]) -> list[Group]:
+    def generate_batch(
+        self, prompts: Sequence[Prompt], decodings: Sequence[Decoding | None], watch: Watch | None = None
+    ) -> list[Group]:
         """Sample the G chains of each prompt, all in one batch; guided and plain ones may be mixed.
 
         Memory for the longest chain that each prompt may have is taken at the start, for a guided chain also for the
@@ -71,6 +76,7 @@ class ReferenceSampler:
 
         Args:
             decodings: one for each prompt; None is the sampler's temperature and no more.
+            watch: follows the chains; they are numbered prompt by prompt.
 
         Returns:
             A group for each prompt; ``generation_s`` is the time of the whole batch.
@@ -93,7 +99,7 @@ class ReferenceSampler:
             for index in range(self._group_size)
         ]
         if rows:
-            self._write(rows, [prompt.ids for prompt in prompts])
+            self._write(rows, [prompt.ids for prompt in prompts], watch)
         seconds = time.perf_counter() - started
         samples = build_samples(self._builder, self._decoder, [self._raw(row) for row in rows])
         size = self._group_size
@@ -102,11 +108,15 @@ class ReferenceSampler:
         ]
 
     @torch.inference_mode()
-    def _write(self, rows: list[Row], prompts: Sequence[np.ndarray]) -> None:
+    def _write(self, rows: list[Row], prompts: Sequence[np.ndarray], watch: Watch | None) -> None:
         grammar, most = self._builder.grammar, self._max_new_tokens
         batch = PairedRows(self._model, grammar, rows, prompts, self._group_size, most)
         for written in range(1, most + 1):
             self._choice.make(batch.live, batch.hidden)
+            if watch is not None:
+                for number, row in enumerate(rows):
+                    if len(row.ids) == written:  # else it ended before
+                        watch(number, row.ids[-1])
             if written == most or all(row.state.finished for row in batch.live):
                 break
             batch.read()

@@ -33,7 +33,8 @@ CHAIN_TAGS = (
     "final_understand",
     "final_image",
 )
-_ANY_TAG = re.compile(r"</?(?:" + "|".join(CHAIN_TAGS) + r")>")
+ANY_TAG = re.compile(r"</?(?:" + "|".join(CHAIN_TAGS) + r")>")
+"""Where any block of a chain begins or ends."""
 _OPEN, _CLOSE = "\ue000", "\ue001"  # stand for image blocks in decoded text; U+FFFD where the model writes them
 _MARKS = re.compile(f"[{_OPEN}{_CLOSE}]")
 _IMAGE_MARK = re.compile(f"{_OPEN}([0-9]+|x){_CLOSE}")
@@ -148,7 +149,7 @@ class SequenceBuilder:
         said = dict(zip(TEXT_TAGS, texts, strict=True))
         text_of = {tag: said[tag] for tag in self._text_tags}
         for tag, text in text_of.items():
-            if not text.strip() or _ANY_TAG.search(text):
+            if not text.strip() or ANY_TAG.search(text):
                 raise ValueError(f"the text of <{tag}> must be non-empty and free of chain tags, got {text!r}")
         shapes = tuple(tuple(c.shape) for c in codes)
         if shapes != self.grammar.grids:
@@ -299,7 +300,7 @@ def _structure_errors(text: str, tags: Sequence[str]) -> list[str]:
 
 
 def _clean(block: str | None) -> str | None:
-    if block is None or _ANY_TAG.search(block) or _IMAGE_MARK.search(block):
+    if block is None or ANY_TAG.search(block) or _IMAGE_MARK.search(block):
         return None
     return block.strip() or None
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rl_system.commands import exit_codes
+from rl_system.commands.arguments import named_folder
 
 PROGRAM = "rl-system evaluate"
 
@@ -53,22 +54,22 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DATA[=REFERENCES]",
         action="append",
         required=True,
-        type=_named,
+        type=named_folder,
         help="a data set and the folder of its ground truths; without one only NIQE, MANIQA, MUSIQ, CLIPIQA, TOPIQ",
     )
-    add("--method", metavar="NAME=FOLDER", action="append", required=True, type=_named, help="a method and its results")
+    add(
+        "--method",
+        metavar="NAME=FOLDER",
+        action="append",
+        required=True,
+        type=named_folder,
+        help="a method and its results",
+    )
     add("--output", metavar="DIR", required=True, type=Path, help="folder to write; must not exist")
     add("--weights", metavar="DIR", type=Path, help="where the metrics' weight files are; nothing is downloaded")
     add("--metrics", metavar="A,B", type=lambda text: text.split(","), help="only these, as PSNR,SSIM; default all ten")
     add("--processes", metavar="N", type=_positive, default=len(os.sched_getaffinity(0)), help="default: all cores")
     return parser
-
-
-def _named(text: str) -> tuple[str, Path | None]:
-    name, equals, folder = text.partition("=")
-    if not name or "/" in name or bool(equals) != bool(folder):
-        raise argparse.ArgumentTypeError(f"'{text}' is not NAME=FOLDER")
-    return name, Path(folder) if folder else None
 
 
 def _positive(text: str) -> int:
@@ -112,15 +113,10 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace, metrics: tuple[str, ...]) -> None:
-    from rl_system.studies.evaluate.images import EvaluationRefused
+    from rl_system.studies.evaluate.images import EvaluationRefused, check_named
 
-    for kind, named in (("--data", options.data), ("--method", options.method)):
-        names = [name for name, _ in named]
-        if len(set(names)) < len(names):
-            raise EvaluationRefused(f"{kind} gives one name twice: {', '.join(names)}")
-    for name, folder in options.method:
-        if folder is None:
-            raise EvaluationRefused(f"--method {name} has no folder; give --method {name}=FOLDER")
+    check_named("--data", options.data)
+    check_named("--method", options.method, folders=True)
     unknown = [name for name in options.metrics or () if name not in metrics]
     if unknown:
         raise EvaluationRefused(f"--metrics: no {', '.join(unknown)}; there are {', '.join(metrics)}")

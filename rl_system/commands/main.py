@@ -13,6 +13,8 @@ COMMANDS = {
     "doctor": "does this machine hold this experiment: rl-system doctor experiment=toy [--gpus 8x80]",
     "restore": "photographs through a policy: rl-system restore --input DIR --output DIR --checkpoint runs/NAME",
     "evaluate": "the paper's metrics and table: rl-system evaluate --data RealSR=DIR --method NAME=DIR --output DIR",
+    "study": "a blind user study in the browser: rl-system study serve --data DATA=DIR --method NAME=DIR ... | results",
+    "demo": "a page that restores a photograph step by step: rl-system demo --checkpoint DIR",
     "prepare-data": "photographs into training data: rl-system prepare-data input=DIR output=DIR captions=FILE",
     "cold-start": "supervised training on such data: rl-system cold-start recipe=toy data=DIR [KEY=VALUE ...]",
     "import-weights": "published weights into our format: rl-system import-weights KIND SOURCE OUTPUT",

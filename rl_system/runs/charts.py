@@ -58,6 +58,43 @@ def line_chart(lines: Sequence[Line], label: str) -> Markup:
     return Markup("").join([*parts, Markup("</svg>")])
 
 
+@dataclass(frozen=True)
+class Bar:
+    """One share with its interval, all in [0, 1], and the text beside it."""
+
+    name: str
+    share: float
+    low: float
+    high: float
+    text: str
+
+
+def bar_chart(bars: Sequence[Bar], label: str, even: float) -> Markup:
+    """A row per bar with a whisker over its interval; ``even`` is what chance gives, a broken line."""
+    width, left, right, row, bottom = 760, 24 + 8 * max(len(bar.name) for bar in bars), 70, 38, 24
+    height = len(bars) * row + bottom
+    ticks = _ticks(0, max(bar.high for bar in bars), 5)
+    scale = _scale(0, min(ticks[-1], 1), left, width - right)
+    parts = [_svg_open(width, height, label)]
+    for tick in (t for t in ticks if t <= 1):
+        parts.append(_rule(scale(tick), 0, scale(tick), height - bottom, "grid"))
+        parts.append(_text(scale(tick), height - 6, f"{tick:.0%}", "middle"))
+    for i, bar in enumerate(bars):
+        middle = (i + 0.5) * row
+        parts.append(_text(left - 10, middle + 4, bar.name, "end", "process"))
+        parts.append(
+            Markup('<rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" rx="1.5" fill="{}"/>').format(
+                left, middle - 11, scale(bar.share) - left, 22, COLOURS[i % len(COLOURS)]
+            )
+        )
+        low, high = scale(bar.low), scale(bar.high)
+        parts.append(_rule(low, middle, high, middle, "whisker"))
+        parts += [_rule(x, middle - 5, x, middle + 5, "whisker") for x in (low, high)]
+        parts.append(_text(width - right + 12, middle + 4, bar.text, "start", "process"))
+    parts.append(_rule(scale(even), 0, scale(even), height - bottom, "even"))
+    return Markup("").join([*parts, Markup("</svg>")])
+
+
 def gantt(rows: Mapping[str, Sequence[TimelineEvent]], start_s: float, end_s: float, origin_s: float) -> Markup:
     """One row per process with a bar per event between ``start_s`` and ``end_s``.
 

@@ -62,8 +62,10 @@ def test_the_plain_reference_would_see_wrong_settings(checkpoints, mixed):
 
 def test_a_sample_does_not_depend_on_its_batch(sampler_of, mixed):
     group, decoding = mixed[1]
-    alone = sampler_of().generate(group.prompt, decoding)
+    watched: dict[int, list[int]] = {}
+    alone = sampler_of().generate(group.prompt, decoding, lambda row, token: watched.setdefault(row, []).append(token))
     assert [s.ids.tolist() for s in alone.samples] == [s.ids.tolist() for s in group.samples]
+    assert [watched[row] for row in range(2)] == [s.ids.tolist() for s in alone.samples]
     assert len({s.ids.tobytes() for group, _ in mixed[:3] for s in group.samples}) == 6
 
 

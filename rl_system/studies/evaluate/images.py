@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,16 @@ class Pair:
     name: str
     result: Path
     reference: Path | None
+
+
+def check_named(option: str, named: Sequence[tuple[str, Path | None]], folders: bool = False) -> None:
+    """Raises EvaluationRefused if ``option`` was given one name twice, or no folder where it needs one."""
+    names = [name for name, _ in named]
+    if len(set(names)) < len(names):
+        raise EvaluationRefused(f"{option} gives one name twice: {', '.join(names)}")
+    for name, folder in named:
+        if folders and folder is None:
+            raise EvaluationRefused(f"{option} {name} has no folder; give {option} {name}=FOLDER")
 
 
 def results_folder(method: Path, data_set: DataSet, data_sets: int) -> Path:
@@ -73,9 +83,7 @@ def read_rgb(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             if image.mode not in EIGHT_BIT:
-                raise EvaluationRefused(
-                    f"{path} has pixels of kind {image.mode}; the metrics are for 8-bit RGB or gray"
-                )
+                raise EvaluationRefused(f"{path} has pixels of kind {image.mode}; only 8-bit RGB or gray is read")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise EvaluationRefused(f"cannot read the image {path}: {error}") from error

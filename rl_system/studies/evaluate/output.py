@@ -5,13 +5,11 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rl_system.runs.files import write_atomic, write_json
+from rl_system.runs.files import new_folder, write_atomic, write_json
 from rl_system.studies.evaluate.scoring import Scores
 from rl_system.studies.evaluate.tables import Table, to_html, to_latex, to_markdown
 from vlcot.metrics import METRICS
@@ -29,18 +27,12 @@ def write_results(
     Raises:
         OSError: ``output`` cannot be written; nothing is left behind.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir()
-        write_atomic(partial / "per_image.csv", _csv(scores))
-        write_json(partial / "scores.json", _record(scores, missing, weights))
-        write_atomic(partial / "table.md", to_markdown(table))
-        write_atomic(partial / "table.tex", to_latex(table))
-        write_atomic(partial / "table.html", to_html(table))
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(output) as folder:
+        write_atomic(folder / "per_image.csv", _csv(scores))
+        write_json(folder / "scores.json", _record(scores, missing, weights))
+        write_atomic(folder / "table.md", to_markdown(table))
+        write_atomic(folder / "table.tex", to_latex(table))
+        write_atomic(folder / "table.html", to_html(table))
 
 
 def _csv(scores: Sequence[Scores]) -> str:
