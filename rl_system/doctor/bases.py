@@ -18,7 +18,7 @@ FILE = Path(__file__).parent / "bases.yaml"
 
 @dataclass(frozen=True)
 class Base:
-    """Bytes of one process: ``resident`` (VmHWM) counts shared libraries in each process, ``private`` in none."""
+    """Bytes of a process without shared memory: ``resident`` counts libraries in each process, ``private`` in none."""
 
     resident: float
     private: float

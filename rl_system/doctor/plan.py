@@ -45,7 +45,6 @@ class Process:
             freed and takes large ones afresh.
         host: bytes of host memory of one, without its base.
         once: bytes of host memory that one of them holds besides.
-        mapped: bytes of shared memory that one of them has mapped: in its resident size, but there only once.
         gpus: of one.
         share: of those GPUs' memory that it may take.
         cache: bytes of keys and values that it must have room for; more is used where there is more.
@@ -58,7 +57,6 @@ class Process:
     phases: Mapping[str, Parts] = field(default_factory=dict)
     host: Parts = field(default_factory=dict)
     once: Parts = field(default_factory=dict)
-    mapped: Parts = field(default_factory=dict)
     gpus: float = 0.0
     share: float = 1.0
     cache: float = 0.0
@@ -85,13 +83,13 @@ class Process:
 
     @property
     def host_part(self) -> float:
-        """Bytes of host memory of one beside its base, without what it has mapped and what one of them has besides."""
+        """Bytes of host memory of one beside its base, without what one of them has besides."""
         return sum((self.host if self.gpus else self.peak).values())
 
     @property
     def resident(self) -> float:
         """Bytes that the model adds to the resident size of the largest of them."""
-        return self.host_part + sum(self.once.values()) + sum(self.mapped.values())
+        return self.host_part + sum(self.once.values())
 
     def cache_at(self, memory: float) -> float:
         """Bytes of keys and values on GPUs of so much memory."""
@@ -136,7 +134,7 @@ class Plan:
         return sum(process.count * process.gpus for process in self.processes)
 
     def resident(self, process: Process) -> float:
-        """Bytes of the largest process of a kind as the kernel counts them: with libraries and shared memory."""
+        """Bytes of the largest process of a kind as the kernel counts them, libraries with it, shared memory not."""
         return self.base(process.kind).resident + process.resident
 
     def host(self, process: Process) -> float:
@@ -190,7 +188,7 @@ def make_plan(config: TrainConfig, sizes: Models) -> Plan:
         else:
             server = server_config(config, name)
             processes.append(Process(f"{name} replica", _replicas(server), gpus=server.num_gpus))
-    processes.append(Process(RAY, 1, mapped={"pushes": 2.0 * whole}))  # in the actor that keeps the last ones
+    processes.append(Process(RAY, 1))
     shared = {
         "object store: weights of two pushes": 2.0 * whole,
         "/dev/shm: a push for each actor": float(config.rollout.actors * whole),
@@ -261,30 +259,27 @@ def _learner(config: TrainConfig, sizes: Models, bucket: int) -> Process:
     phases = {"backward": backward, "update": update}
     whole = float(_policy_bytes(sizes, learner.dtype))
     once = {"bucket of a push": 2.0 * arithmetic.pushed(policy, itemsize, bucket)}
-    mapped = {"pushes": 2.0 * whole}
     if not cuda:
-        return Process("learner rank", learner.ranks, host=always, phases=phases, once=once, mapped=mapped)
+        return Process("learner rank", learner.ranks, host=always, phases=phases, once=once)
     host = (
         {"reference": itemsize * policy.parameters / learner.ranks} if reference and learner.offload_reference else {}
     )
     device = always | {"CUDA, NCCL, fragments": float(arithmetic.CUDA_LEARNER)}
     once["export of the policy"] = whole
-    return Process("learner rank", learner.ranks, device, phases, host, once, mapped, gpus=1.0)
+    return Process("learner rank", learner.ranks, device, phases, host, once, gpus=1.0)
 
 
 def _rollout(config: TrainConfig, sizes: Models) -> list[Process]:
     rollout, policy = config.rollout, sizes.policy
     itemsize, actors, parallel = _itemsize(rollout.dtype), rollout.actors, rollout.tensor_parallel_size
     decoder = arithmetic.image_decoder(sizes.tokenizer, policy.layout.full_size, rollout.group_size)
-    mapped = {"pushes": 2.0 * _policy_bytes(sizes, config.learner.dtype)}
-    actor = Process("rollout actor", actors, host=decoder, mapped=mapped)
+    actor = Process("rollout actor", actors, host=decoder)
     batched = max(policy.max_position_embeddings, 2048)  # actors.rollout_actor: prompts are prefilled whole
     work = arithmetic.engine_work(policy, itemsize, batched, rollout.max_num_seqs) / parallel
     weights = {"weights": policy.parameters * itemsize / parallel}
-    files = {"files of a push": float(_policy_bytes(sizes, config.learner.dtype))}
     if not rollout.num_gpus:
         parts = weights | {"activations": work, "key/value cache": rollout.kv_cache_gib * GIB}
-        return [actor, Process("rollout engine", actors, host=parts, mapped=files)]
+        return [actor, Process("rollout engine", actors, host=parts)]
     # vLLM refuses to start without room for its longest sequence, and a group must run at once or wait for itself
     group = sizes.prompt_ids + rollout.group_size * rollout.max_new_tokens
     cache = max(group, policy.max_position_embeddings) * policy.key_value_bytes(itemsize) / parallel
@@ -293,7 +288,6 @@ def _rollout(config: TrainConfig, sizes: Models) -> list[Process]:
         "rollout engine",
         actors,
         device,
-        mapped=files,
         gpus=rollout.num_gpus,
         share=rollout.gpu_memory_utilization,
         cache=cache,
