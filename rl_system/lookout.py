@@ -38,10 +38,13 @@ class Lookout:
         """Now; its figures go to the Prometheus endpoint too."""
         stage, done, total = self._progress.now
         load = self.pool.load() if self.pool is not None else {}
+        answered = self.pool is not None and bool(self.pool.ready_info())
         moment = self.moment() if self.moment is not None else None
         version = moment.step if moment else None
         rows = [
             Process(f"rollout {i}", "serves" if serves else "down", f"{prompts} prompts", version if serves else None)
+            if answered
+            else Process(f"rollout {i}", "starts")
             for i, (serves, prompts) in load.items()
         ]
         left_alone = moment.left_alone if moment else ()

@@ -93,7 +93,10 @@ def test_the_lookout_shows_what_is_up_and_hands_the_figures_on():
     lookout = Lookout(progress, steps=40)
     assert lookout.state().processes == [] and lookout.state().stage == "starting"
     progress.stage("training", 3, 40)
-    lookout.pool = SimpleNamespace(load=lambda: {0: (True, 4), 1: (False, 0)})
+    ready: list[dict[str, str]] = []
+    lookout.pool = SimpleNamespace(load=lambda: {0: (True, 4), 1: (False, 0)}, ready_info=lambda: ready)
+    assert lookout.state().processes == [Process("rollout 0", "starts"), Process("rollout 1", "starts")]
+    ready.append({"vllm": "0.32"})
     lookout.requests = {"qwen_vl": SimpleNamespace(count=7, failures=2, mean_seconds=0.5)}
     lookout.moment = lambda: Moment(3, True, {"ready": 5}, "5 ready", 2.5, ("qwen_vl",))
     lookout.sink = SimpleNamespace(show=figures.update)
