@@ -38,15 +38,8 @@ class Lookout:
         """Now; its figures go to the Prometheus endpoint too."""
         stage, done, total = self._progress.now
         load = self.pool.load() if self.pool is not None else {}
-        answered = self.pool is not None and bool(self.pool.ready_info())
         moment = self.moment() if self.moment is not None else None
-        version = moment.step if moment else None
-        rows = [
-            Process(f"rollout {i}", "serves" if serves else "down", f"{prompts} prompts", version if serves else None)
-            if answered
-            else Process(f"rollout {i}", "starts")
-            for i, (serves, prompts) in load.items()
-        ]
+        rows = self._actors(load, moment.step if moment else None)
         left_alone = moment.left_alone if moment else ()
         rows += [
             Process(server, "left alone" if server in left_alone else "answers", _said(stats))
@@ -67,6 +60,14 @@ class Lookout:
         return LiveState(
             stage, done, total, moment.step, self._steps, rows, moment.groups, moment.waits, moment.quiet_s
         )
+
+    def _actors(self, load: Mapping[int, tuple[bool, int]], version: int | None) -> list[Process]:
+        if self.pool is None or not self.pool.ready_info():
+            return [Process(f"rollout {i}", "starts") for i in load]
+        return [
+            Process(f"rollout {i}", "serves" if serves else "down", f"{prompts} prompts", version if serves else None)
+            for i, (serves, prompts) in load.items()
+        ]
 
 
 def _learner(moment: Moment) -> Process:
