@@ -47,7 +47,7 @@ class Lookout:
         ]
         if moment is None:
             return LiveState(stage, done, total, steps=self._steps, processes=rows)
-        rows.append(_learner(moment))
+        rows.append(_learner(moment, self._steps))
         if self.sink is not None:
             self.sink.show(
                 {
@@ -70,8 +70,10 @@ class Lookout:
         ]
 
 
-def _learner(moment: Moment) -> Process:
+def _learner(moment: Moment, steps: int) -> Process:
     step = moment.step + 1
+    if moment.step >= steps:
+        return Process("learner", "done", "", moment.step)
     if moment.training:
         return Process("learner", "trains", f"step {step}", moment.step)
     return Process("learner", "waits", f"for the batch of step {step}", moment.step)
