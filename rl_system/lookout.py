@@ -39,11 +39,7 @@ class Lookout:
         stage, done, total = self._progress.now
         load = self.pool.load() if self.pool is not None else {}
         moment = self.moment() if self.moment is not None else None
-        version = moment.step if moment else None
-        rows = [
-            Process(f"rollout {i}", "serves" if serves else "down", f"{prompts} prompts", version if serves else None)
-            for i, (serves, prompts) in load.items()
-        ]
+        rows = self._actors(load, moment.step if moment else None)
         left_alone = moment.left_alone if moment else ()
         rows += [
             Process(server, "left alone" if server in left_alone else "answers", _said(stats))
@@ -51,7 +47,7 @@ class Lookout:
         ]
         if moment is None:
             return LiveState(stage, done, total, steps=self._steps, processes=rows)
-        rows.append(_learner(moment))
+        rows.append(_learner(moment, self._steps))
         if self.sink is not None:
             self.sink.show(
                 {
@@ -65,9 +61,19 @@ class Lookout:
             stage, done, total, moment.step, self._steps, rows, moment.groups, moment.waits, moment.quiet_s
         )
 
+    def _actors(self, load: Mapping[int, tuple[bool, int]], version: int | None) -> list[Process]:
+        if self.pool is None or not self.pool.ready_info():
+            return [Process(f"rollout {i}", "starts") for i in load]
+        return [
+            Process(f"rollout {i}", "serves" if serves else "down", f"{prompts} prompts", version if serves else None)
+            for i, (serves, prompts) in load.items()
+        ]
 
-def _learner(moment: Moment) -> Process:
+
+def _learner(moment: Moment, steps: int) -> Process:
     step = moment.step + 1
+    if moment.step >= steps:
+        return Process("learner", "done", "", moment.step)
     if moment.training:
         return Process("learner", "trains", f"step {step}", moment.step)
     return Process("learner", "waits", f"for the batch of step {step}", moment.step)

@@ -38,7 +38,7 @@ def _show(directory: RunDirectory, watch: bool) -> None:
     from rl_system.runs.status import LOOK_S, status_view
 
     if not watch:
-        Console().print(status_view(directory, time.time()))
+        Console(soft_wrap=True).print(status_view(directory, time.time()))
         return
     with Live(status_view(directory, time.time()), auto_refresh=False) as view:
         while directory.status().get("state") == "running":

@@ -34,7 +34,7 @@ from tests.processes import alive
 
 ROOT = CONFIG_DIR.parent
 RUNTIME_ENV = ROOT / "k8s/runtime-env.yaml"
-STEPS, GROUPS = 10, 2
+STEPS, GROUPS = 8, 2
 BIN = Path(sys.executable).parent
 
 
@@ -83,10 +83,23 @@ class HeadNode:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.loads(answer.read())
 
+    def ready_to_stop(self, name: str, cwd: Path) -> subprocess.Popen[str]:
+        """`ray job stop`, once a line comes."""
+        environment = self.environment | {"RAY_API_SERVER_ADDRESS": self.url}
+        command = [sys.executable, "-c", STOP, "job", "stop", name]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, env=environment, cwd=cwd, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True
+        )
+
     def job(self, *arguments: str, cwd: Path, **changed: str) -> subprocess.CompletedProcess[str]:
         environment = self.environment | {"RAY_API_SERVER_ADDRESS": self.url} | changed
         command = [str(BIN / "ray"), "job", *arguments]
         return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+STOP = "import sys; from ray.scripts.scripts import main; sys.stdin.readline(); main(sys.argv[1:])"
+"""The command line `ray`, which imports for seconds, ready to act at once: the steps of the toy are as short."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -196,9 +209,11 @@ def test_a_job_is_refused_stopped_resumed_and_done_on_a_cluster_with_a_token(hea
     assert not run.exists()
 
     assert submit("first", wait=False).returncode == 0
+    wait_for(run.exists, head.process, 240)
+    stop = head.ready_to_stop("first", elsewhere)
     wait_for(lambda: lines(run / "metrics.jsonl"), head.process, 240)
-    stop = head.job("stop", "first", cwd=elsewhere)
-    assert stop.returncode == 0, stop.stdout + stop.stderr
+    said, _ = stop.communicate("now\n", timeout=180)
+    assert stop.returncode == 0 and "stopped" in said, said
     assert head.ask("/api/jobs/first")["status"] == "STOPPED"
     assert json.loads((run / "status.json").read_text())["state"] == "stopped"
     done = [record["step"] for record in lines(run / "metrics.jsonl")]

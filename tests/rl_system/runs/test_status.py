@@ -93,11 +93,15 @@ def test_the_lookout_shows_what_is_up_and_hands_the_figures_on():
     lookout = Lookout(progress, steps=40)
     assert lookout.state().processes == [] and lookout.state().stage == "starting"
     progress.stage("training", 3, 40)
-    lookout.pool = SimpleNamespace(load=lambda: {0: (True, 4), 1: (False, 0)})
+    ready: list[dict[str, str]] = []
+    lookout.pool = SimpleNamespace(load=lambda: {0: (True, 4), 1: (False, 0)}, ready_info=lambda: ready)
+    assert lookout.state().processes == [Process("rollout 0", "starts"), Process("rollout 1", "starts")]
+    ready.append({"vllm": "0.32"})
     lookout.requests = {"qwen_vl": SimpleNamespace(count=7, failures=2, mean_seconds=0.5)}
     lookout.moment = lambda: Moment(3, True, {"ready": 5}, "5 ready", 2.5, ("qwen_vl",))
     lookout.sink = SimpleNamespace(show=figures.update)
     state = lookout.state()
+    assert figures["rewards/left_alone"] == 1
     assert (state.stage, state.done, state.total, state.step) == ("training", 3, 40, 3)
     assert state.processes == [
         Process("rollout 0", "serves", "4 prompts", 3),
@@ -105,7 +109,13 @@ def test_the_lookout_shows_what_is_up_and_hands_the_figures_on():
         Process("qwen_vl", "left alone", "7 requests, 2 failed, 0.50 s each"),
         Process("learner", "trains", "step 4", 3),
     ]
-    assert figures == {"groups/ready": 5, "progress/quiet_s": 2.5, "rollout/actors_down": 1, "rewards/left_alone": 1}
+    lookout.moment = lambda: Moment(40, False, {"ready": 5}, "5 ready", 2.5, ())
+    assert lookout.state().processes[-2:] == [
+        Process("qwen_vl", "answers", "7 requests, 2 failed, 0.50 s each"),
+        Process("learner", "done", "", 40),
+    ]
+    assert figures.pop("rewards/left_alone") == 0
+    assert figures == {"groups/ready": 5, "progress/quiet_s": 2.5, "rollout/actors_down": 1}
 
 
 def test_the_log_names_run_step_and_group_and_keeps_the_traceback(run):
