@@ -1,4 +1,4 @@
-"""Broadcast pushes over gloo: a group of threads here, of Ray actors without an engine in the second half."""
+"""Broadcast pushes over gloo: a group of threads first, then of Ray actors without an engine."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ def test_what_is_broadcast_arrives_at_every_member(members, tmp_path) -> None:
     sender.close()
 
 
-@pytest.mark.unit
+@pytest.mark.engine
 def test_a_dead_member_ends_the_push_at_once_and_nobody_waits_for_those_in_the_broken_group(members) -> None:
-    sender, large = Sender("gloo", HERE, 2.0), np.ones(50_000_000, np.uint8)
+    sender, large = Sender("gloo", HERE, 4.0), np.ones(50_000_000, np.uint8)
     sender.gather(["one", "two"], members.call)
     survivor, victim = (future.result() for future in members.joined)
     first = members.threads.submit(survivor.receive, large.size)
@@ -85,16 +85,16 @@ def test_a_dead_member_ends_the_push_at_once_and_nobody_waits_for_those_in_the_b
     sender.gather(["one"], members.call)
     again = members.threads.submit(members.joined[0].result().receive, large.size)
     sender.send(large)
-    assert again.result().sum() == large.size and time.monotonic() - started < 1.5
+    assert again.result().sum() == large.size and time.monotonic() - started < 3
     with pytest.raises(PushLostError, match="push-1 of 3 broke"):
         first.result()
         survivor.receive(large.size)
     sender.close()
 
 
-@pytest.mark.unit
+@pytest.mark.engine
 def test_a_silent_or_missing_member_breaks_the_group_within_the_time_out(members, caplog) -> None:
-    sender = Sender("gloo", HERE, 0.5)
+    sender = Sender("gloo", HERE, 1.0)
     sender.gather(["one", "two"], members.call)
     groups, started = [future.result() for future in members.joined], time.monotonic()
     large = np.zeros(50_000_000, np.uint8)
