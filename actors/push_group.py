@@ -2,8 +2,8 @@
 
 The group stands beside the processes' own groups (``torch.distributed`` knows one default group a process, which is the
 learner's), so it is made from a store and the backend's class. One membership, one group: after a death or a restart a
-new one is made under another name. A dead or silent member breaks the group within its time-out, for everybody; a
-broken group is not used again.
+new one is made under another name. A dead member breaks the group, a silent one after its time-out; a broken group is
+not used again. Who still waits in it is not told, and gives up after the time-out: nobody waits for that.
 """
 
 from __future__ import annotations
@@ -53,6 +53,10 @@ class Seat:
     timeout_s: float
 
 
+Call = Callable[[Sequence[Seat | None]], None]
+"""Tells the members to receive, in order: each with its seat in a new group, or None in the group that it is in."""
+
+
 class PushGroup:
     """A member of a group. Blocking; one call at a time.
 
@@ -94,17 +98,16 @@ class PushGroup:
         return buffer.cpu().numpy()
 
     def close(self) -> None:
-        """Leave the group; a call that waits in it ends with an error."""
+        """Leave the group. A call that waits in it ends with an error, with gloo only after its time-out."""
         group, self._group = self._group, None
         if group is not None:
             group.abort()
 
     def _broadcast(self, tensor: torch.Tensor) -> None:
-        group = self._group
-        if group is None:
+        if self._group is None:
             raise PushLostError(f"push group {self.seat.name} is closed")
         with self._errors("broke"):
-            group.broadcast(tensor, 0).wait(self._timeout)
+            self._group.broadcast(tensor, 0).wait()
 
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:
@@ -158,21 +161,22 @@ class Sender:
         """Whether there is a group that is not broken."""
         return self._group is not None
 
-    def gather(self, members: Sequence[Any], invite: Callable[[Sequence[Seat]], None]) -> None:
+    def gather(self, members: Sequence[Any], call: Call) -> None:
         """Have a group with exactly ``members``: the present one, or a new one; none if it cannot be formed.
 
         Args:
             members: identify the processes, restarts included.
-            invite: offer the members their seats, in order; must not wait for them to join.
+            call: must not wait for them to join.
         """
         if self.open and tuple(members) == self._members:
+            call([None] * len(members))
             return
         self.close()
         if not members:
             return
         self._made += 1
         seat = replace(self._seat, name=f"push-{self._made}", size=1 + len(members))
-        invite([replace(seat, rank=1 + index) for index in range(len(members))])
+        call([replace(seat, rank=1 + index) for index in range(len(members))])
         try:
             self._group, self._members = PushGroup(seat, self._store), tuple(members)
         except PushLostError as error:
@@ -194,7 +198,7 @@ class Sender:
             self._group = None
 
     def _lost(self, error: PushLostError) -> None:
-        log.warning("%s; actors without all buckets leave this push, and the pool brings them up to date", error)
+        log.warning("%s; the actors leave this push, and the pool brings them up to date", error)
         self.close()
 
 

@@ -77,7 +77,6 @@ class RolloutActor:
         self._pushes: dict[int, IncomingPush] = {}
         self._process = uuid.uuid4().hex
         self._group: PushGroup | None = None
-        self._receiving = asyncio.Lock()
         self._loading = asyncio.Lock()
         self._prepared = False
         self._broken = ""
@@ -221,30 +220,28 @@ class RolloutActor:
         self._pushes[version] = IncomingPush(version, layout)
         return self._process
 
-    async def join(self, seat: Seat) -> None:
-        """Become a member of a push group, in place of the last one.
+    async def take(self, version: int, seat: Seat | None) -> None:
+        """:meth:`receive` all buckets of push ``version`` as they are broadcast; generation goes on.
+
+        Args:
+            seat: in a new push group; None: in the present one.
 
         Raises:
-            PushLostError: the others did not come in time.
+            PushLostError: the push was not begun in this process, the group broke or was not formed in time.
         """
-        if self._group is not None:
-            self._group.close()  # ends what waits in it
-        async with self._receiving:
-            self._group = await asyncio.to_thread(PushGroup, seat)
-
-    async def take(self, version: int) -> None:
-        """:meth:`receive` all buckets of push ``version``, in order, as they are broadcast; generation goes on.
-
-        Raises:
-            PushLostError: the push was not begun in this process, or the group broke.
-        """
-        async with self._receiving:
-            push = self._push(version)
-            try:
-                await asyncio.to_thread(receive_all, self._group, push)
-            except BaseException:
-                self._pushes.pop(version).discard()
-                raise
+        push = self._push(version)
+        try:
+            if seat is not None:
+                if self._group is not None:
+                    self._group.close()
+                self._group = None
+                self._group = await asyncio.to_thread(PushGroup, seat)
+            await asyncio.to_thread(receive_all, self._group, push)
+        except BaseException:
+            if self._pushes.get(version) is push:  # it may have been begun anew meanwhile
+                del self._pushes[version]
+            push.discard()
+            raise
 
     async def receive(self, version: int, index: int, data: np.ndarray) -> None:
         """Take bucket ``index`` (uint8) of push ``version``; generation goes on.

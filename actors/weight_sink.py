@@ -90,6 +90,7 @@ class ActorWeightSink:
             self._call_all(lambda actor: actor.fetch.remote(self._version, index, stored))
         else:
             self._sender.send(data)
+            self._leave_a_broken_group()
 
     def finish(self, checksums: Mapping[str, int]) -> PushReport:
         """Load on every live actor, verify each tensor, serve the new version.
@@ -114,12 +115,18 @@ class ActorWeightSink:
         processes = self._collect()
         if self._sender is None:
             self._sender = Sender(self._backend, ray.util.get_node_ip_address(), self._bucket_timeout_s)
-        self._sender.gather(processes, self._invite)
-        if self._sender.open:
-            self._call_all(lambda actor: actor.take.remote(self._version))
+        self._sender.gather(processes, self._call)
+        self._leave_a_broken_group()
 
-    def _invite(self, seats: Sequence[Seat]) -> None:
-        self._calls += [(actor, actor.join.remote(seat)) for actor, seat in zip(self._live, seats, strict=True)]
+    def _call(self, seats: Sequence[Seat | None]) -> None:
+        self._calls += [
+            (actor, actor.take.remote(self._version, seat)) for actor, seat in zip(self._live, seats, strict=True)
+        ]
+
+    def _leave_a_broken_group(self) -> None:
+        """Nobody can have all buckets; some may wait for the next one until their time-out."""
+        if self._sender is not None and not self._sender.open:
+            self._live, self._calls = [], []
 
     def _call_all(self, call: Callable[[ActorHandle], Any]) -> None:
         self._calls += [(actor, call(actor)) for actor in self._live]

@@ -24,7 +24,7 @@ class NoEngine(RolloutActor):
         self.name = f"rollout-{index}"
         self._version, self._sums, self._dies_at = 0, {}, -1
         self._pushes, self._process = {}, uuid.uuid4().hex
-        self._group, self._receiving, self._loading = None, asyncio.Lock(), asyncio.Lock()
+        self._group, self._loading = None, asyncio.Lock()
         self._totals = {"pushes": 0}
 
     async def ready(self) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class Members:
         self._dies = dies
         self.line, self._theirs = multiprocessing.Pipe()
 
-    def invite(self, seats: list[Seat]) -> None:
+    def call(self, seats: list[Seat]) -> None:
         context = multiprocessing.get_context("spawn")
         self.process = context.Process(target=member, args=(seats[0], self._theirs, self._dies))
         self.process.start()
@@ -68,7 +68,7 @@ def send_all(sender: Sender) -> dict[str, int]:
 
 def test_what_is_broadcast_over_nccl_arrives() -> None:
     members, sender = Members(dies=False), Sender("nccl", HERE, TIMEOUT_S)
-    sender.gather(["one"], members.invite)
+    sender.gather(["one"], members.call)
     sums = send_all(sender)
     assert sender.open
     members.line.send(sums)
@@ -79,14 +79,14 @@ def test_what_is_broadcast_over_nccl_arrives() -> None:
 
 def test_a_dead_member_breaks_the_group_within_the_time_out_and_another_comes() -> None:
     members, sender = Members(dies=True), Sender("nccl", HERE, TIMEOUT_S)
-    sender.gather(["one"], members.invite)
+    sender.gather(["one"], members.call)
     started = time.monotonic()
     send_all(sender)
     while sender.open and time.monotonic() < started + 4 * TIMEOUT_S:  # the last ones may have been on their way
         sender.send(np.zeros(128 << 20, np.uint8))
     assert not sender.open and time.monotonic() - started < 4 * TIMEOUT_S
     members = Members(dies=False)
-    sender.gather(["two"], members.invite)
+    sender.gather(["two"], members.call)
     members.line.send(send_all(sender))
     assert members.line.poll(TIMEOUT_S) and isinstance(members.line.recv(), dict)
     members.process.join(TIMEOUT_S)
