@@ -25,7 +25,7 @@ from rl_system.studies.restore.pictures import Drawing
 from rl_system.studies.restore.policy import QuestionWriter, find_checkpoint, positions
 from rl_system.studies.restore.progress import Progress
 from rl_system.studies.restore.run import Batch, Outcome, Wanted
-from rl_system.studies.restore.sampling import Queue, VllmSampler
+from rl_system.studies.restore.sampling import Queue, Sampler, TransformersSampler, VllmSampler
 from toy.rows import row
 from vlcot.groups import Sample
 from vlcot.metrics import psnr, ssim
@@ -34,11 +34,11 @@ COUNTS = (1, 2, 4, 8, 16)
 MEASURES = ("agreement", "likelihood", "psnr", "ssim")
 
 
-def restore_all(rows: int, align: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Measures float64 [rows, 16] by name: both experts, psnr, ssim. And the rows that were restored."""
+def restore_all(rows: range, align: str, backend: str) -> dict[str, np.ndarray]:
+    """Measures float64 [rows that were restored, 16], by name in :data:`MEASURES`."""
     checkpoint = find_checkpoint(Path("toy/weights/policy"), None, None)
     writer = QuestionWriter(checkpoint)
-    truths = [row(index, "heldout") for index in range(rows)]
+    truths = [row(index, "heldout") for index in rows]
     by_input = {truth.lr.tobytes(): index for index, truth in enumerate(truths)}
     found: dict[int, list[tuple[float, ...]]] = {}
 
@@ -49,7 +49,7 @@ def restore_all(rows: int, align: str) -> tuple[np.ndarray, dict[str, np.ndarray
         found.setdefault(index, []).append(scores)
         return 0.0
 
-    def start(batch: int) -> VllmSampler:
+    def start(batch: int) -> Sampler:
         room = positions(checkpoint.policy) - writer.length
         spec = RolloutSpec(
             str(checkpoint.policy),
@@ -60,7 +60,8 @@ def restore_all(rows: int, align: str) -> tuple[np.ndarray, dict[str, np.ndarray
             max_num_seqs=batch,
             kv_cache_gib=0.5,
         )
-        return VllmSampler(spec, Decoding(checkpoint.temperature))
+        decoding = Decoding(checkpoint.temperature)
+        return VllmSampler(spec, decoding) if backend == "vllm" else TransformersSampler(spec, "cpu", decoding)
 
     failed: list[Outcome] = []
     with TemporaryDirectory() as folder:
@@ -68,12 +69,11 @@ def restore_all(rows: int, align: str) -> tuple[np.ndarray, dict[str, np.ndarray
             Image.fromarray(truth.lr).save(Path(folder) / f"{index:04}.png")
         jobs, _ = find_jobs([folder], Path(folder) / "out", 1)
         wanted = Wanted(Drawing(writer.side, 4.0, writer.side, 0, align, COUNTS[-1]), record)
-        progress = Progress(rows)
+        progress = Progress(len(rows))
         Batch(jobs, writer, Queue(start, 64, print), wanted, progress, failed.append).run()
     print(progress.line(), [outcome.error for outcome in failed if outcome.error])
-    kept = sorted(index for index, scores in found.items() if len(scores) == COUNTS[-1])
-    values = np.array([found[index] for index in kept])
-    return np.array(kept), dict(zip(MEASURES, np.moveaxis(values, 2, 0), strict=True))
+    values = np.array([found[index] for index in sorted(found) if len(found[index]) == COUNTS[-1]])
+    return dict(zip(MEASURES, np.moveaxis(values, 2, 0), strict=True))
 
 
 def best_of(measures: dict[str, np.ndarray], expert: str) -> list[dict[str, object]]:
@@ -94,21 +94,21 @@ def best_of(measures: dict[str, np.ndarray], expert: str) -> list[dict[str, obje
     return lines
 
 
+def figures(measures: dict[str, np.ndarray], align: str, backend: str) -> dict[str, object]:
+    """Everything, with what an expert who knows the truth (psnr) would reach."""
+    by_expert = {expert: best_of(measures, expert) for expert in ("agreement", "likelihood", "psnr")}
+    return {"machine": machine(), "rows": len(measures["psnr"]), "align": align, "backend": backend, **by_expert}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--align", default="wavelet")
+    parser.add_argument("--backend", choices=("vllm", "transformers"), default="vllm")
     output_option(parser, "best_of_n")
     args = parser.parse_args()
-    kept, measures = restore_all(args.rows, args.align)
-    figures = {
-        "machine": machine(),
-        "rows": len(kept),
-        "align": args.align,
-        "best_by_psnr": best_of(measures, "psnr"),
-        **{expert: best_of(measures, expert) for expert in ("agreement", "likelihood")},
-    }
-    write(args.output, figures)
+    measures = restore_all(range(args.rows), args.align, args.backend)
+    write(args.output, figures(measures, args.align, args.backend))
 
 
 if __name__ == "__main__":

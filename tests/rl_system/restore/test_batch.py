@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -287,3 +288,22 @@ def test_alignment_takes_away_what_tiles_differ_in(photos, tmp_path, align):
         Run(photos / "a.png", tmp_path / kind, StandInSampler(draw=tinted), upscale=4, align=kind)
         errors[kind] = np.abs(pixels(tmp_path / kind / "a.png") - expected).mean()
     assert errors["none"] > 10 and errors[align] < 3
+
+
+def test_the_chosen_score_never_falls_with_more_samples(photos, tmp_path):
+    def noisy(view, seed, number):
+        deviation = (30, 20, 40, 25, 35, 10, 40, 40)[number % 8]
+        noise = np.random.default_rng([seed, number]).normal(0, deviation, view.shape)
+        return np.clip(view + noise, 0, 255).astype(np.uint8)
+
+    scores = []
+    for count in (2, 4, 8):
+        sampler = StandInSampler(count, draw=noisy)
+        best = {"best": lambda result, source, chains: agreement(result, source)}
+        run = Run(photos / "a.png", tmp_path / str(count), sampler, samples=count, wanted=best)
+        outcome = run.outcomes["a.png"]
+        scores.append(outcome.scores)
+        assert outcome.scores[outcome.chosen - 1] == max(outcome.scores)
+    for few, many in pairwise(scores):
+        assert many[: len(few)] == few  # the same samples, and more
+    assert max(scores[-1]) > max(scores[0])

@@ -200,13 +200,13 @@ def test_vllm_restores_128_to_512_in_tiles_without_seams(photo, tmp_path, capsys
     plan = TilePlan.of(512, 512, 64, 16)
     large = next(record for record in records if record.get("tiles") == len(plan))
     assert large["tokens"] > len(plan) * 100 and records[-1]["summary"]["tokens_per_s"] > 0
-    assert all(np.array(seams(result, plan)) < (1.15, 1.1))
+    assert all(np.array(seams(result, plan)) < (1.2, 1.1))
     band = np.searchsorted(plan.rows[1:], np.arange(512), side="right")  # by its tile: a chequered board
     brighter = (band[:, None] + band) % 2
-    assert all(np.array(seams(result + 8.0 * brighter[..., None], plan)) > (1.2, 1.15))  # steps of 8 grey levels
+    assert all(np.array(seams(result + 16.0 * brighter[..., None], plan)) > (1.3, 1.2))  # of 16 grey levels
     bicubic = np.asarray(lr.resize((512, 512), Image.Resampling.BICUBIC)).astype(float)
     difference = result - bicubic
-    assert 1 < np.abs(difference).mean() < 25  # drawn anew, in the picture's own colours
+    assert 1 < np.abs(difference).mean() < 40  # drawn anew, in the picture's own colours
     assert np.abs(difference.mean(axis=(0, 1))).max() < 2
 
     chains = json.loads((out / "steps/a photo/chains.json").read_text())["tiles"]
