@@ -50,8 +50,8 @@ class Checkpoints:
         return Prompt(group, f"row{code}", seed, ids, np.zeros((64, 64, 3), dtype=np.uint8), "")
 
     def spec(self, **changes: object) -> RolloutSpec:
-        # Room for the 24 chains that most tests have under way, and not for 64: then vLLM preempts.
-        room = {"kv_cache_gib": 220 * 32 * 1024 / 2**30, "max_num_seqs": 64}  # 220 blocks, 1 KiB an id
+        # Room for the 24 chains that tests have under way, and not for 128: then vLLM preempts.
+        room = {"kv_cache_gib": 220 * 32 * 1024 / 2**30, "max_num_seqs": 128}  # 220 blocks, 1 KiB an id
         settings = {"group_size": 4, "temperature": 0.9, "max_new_tokens": 250, **room}
         paths = {"policy": str(self.policy), "image_tokenizer": str(self.vq), "seed": SPEC_SEED}
         return RolloutSpec(**{**paths, **settings, **changes})

@@ -216,14 +216,14 @@ def test_top_k_requests_and_plain_ones_share_a_batch(engine):
         assert np.array_equal(left.ids, right.ids) and np.array_equal(left.logprobs, right.logprobs)
     for group, decoding in zip(groups, [plain, *top_k], strict=True):
         assert plain_disparity(engine, group, decoding) < 1e-4
-    assert plain_disparity(engine, groups[1], plain) > 0.1  # the test would see a missing top-k
+    assert plain_disparity(engine, groups[1], plain) > 1e-2  # the test would see a missing top-k
 
 
 def test_top_k_requests_survive_preemption(engine):
-    """More chains than the cache holds: some are thrown out, read again and go on, cut as before."""
-    engine.set(group_size=32)
+    """More chains than the cache holds: the last ones are thrown out, read again and go on, cut as before."""
+    engine.set(group_size=64)
     prompt, generate = engine.checkpoints.prompt, engine.actor.generate
-    decodings = [Decoding(0.9, image_top_k=CUT, text_top_k=5), Decoding(0.9)]
+    decodings = [Decoding(0.9), Decoding(0.9, image_top_k=CUT, text_top_k=5)]
 
     async def crowded():
         requests = (generate(prompt(seed=i, group=f"g{i}"), decoding=d) for i, d in enumerate(decodings))
@@ -231,8 +231,8 @@ def test_top_k_requests_survive_preemption(engine):
         return await preempted_requests(engine.actor, work), await work
 
     preempted, groups = engine.run(crowded())
-    for index, (group, decoding) in enumerate(zip(groups, decodings, strict=True)):
-        assert any(f"g{index}-" in name for name in preempted), preempted
+    assert any("g1-" in name for name in preempted), preempted
+    for group, decoding in zip(groups, decodings, strict=True):
         assert plain_disparity(engine, group, decoding) < 1e-4
 
 
