@@ -127,7 +127,7 @@ class PairedRows:
         pairs = [row for row in rows if row.decoding.is_guided]
         config, head = model.config, model.lm_head.weight
         self._own = RowCache(config, len(rows), max(map(len, prompts)) + most, head)
-        self._twins = RowCache(config, len(pairs), max(map(len, grammar.blocks)) + 1, head)
+        self._twins = RowCache(config, len(pairs), max(map(len, grammar.blocks), default=0) + 1, head)
         for place, row in enumerate(rows):
             row.place = row.at = place
         for place, row in enumerate(pairs):
