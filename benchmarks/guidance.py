@@ -4,8 +4,11 @@
 authors' way is :mod:`benchmarks.authors_sampler`, which says what it leaves out in its own favour. Ours is
 :class:`actors.reference_sampler.ReferenceSampler`. Rounds in turn, one process, the same number of threads. Texts are
 sampled, so chains differ in length by a few ids, and rates are compared: ids written, to the end of each turn, a
-second. Parsing the chains and decoding their images is the same code for both and takes the same time; it is measured
-too, and ``ratio_with_images`` has it on both sides.
+second.
+
+Decoding the images is the same code for both and takes the same time; it is left out of ``ratio`` and is in
+``ratio_with_images``. The ``cpu`` figures count seconds of the process instead of the wall's: with one thread they are
+the same on a quiet machine, and those to look at on one that others use too. Figures are written after every round.
 
 Three more sides say what costs what: ours with PURE's settings whole (greedy text, top-k that depends on the entropy),
 ours without guidance, and the authors' way without guidance.
@@ -16,11 +19,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from actors.decoding import PURE, Decoding
@@ -38,80 +41,92 @@ from vlcot.tokenizer.image import ImageTokenizer
 BATCH = 32
 
 
-@dataclasses.dataclass(frozen=True)
+def now() -> np.ndarray:
+    """Seconds of the wall's clock and of this process."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+class TimedDecoder:
+    """The image tokenizer's decoder; ``seconds`` is what it took since it was last set to zero, as in :func:`now`."""
+
+    def __init__(self, tokenizer: ImageTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.seconds = np.zeros(2)
+
+    def decode(self, codes: np.ndarray) -> torch.Tensor:
+        started = now()
+        pixels = self._tokenizer.decode(codes)
+        self.seconds = self.seconds + now() - started
+        return pixels
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """Ids of each chain; seconds until they were there, and until the images were there too."""
+    """Ids of each chain; seconds of everything, and of decoding the images, as in :func:`now`."""
 
     lengths: Lengths
-    generation_s: float
-    whole_s: float
+    whole: np.ndarray
+    images: np.ndarray
 
     @property
-    def rate(self) -> float:
-        """Ids a second."""
-        return sum(self.lengths) / self.generation_s
-
-    @property
-    def images_s(self) -> float:
-        """Seconds of parsing and decoding."""
-        return self.whole_s - self.generation_s
+    def rates(self) -> np.ndarray:
+        """Ids a second without images and with them, each by both clocks: [2, 2]."""
+        return sum(self.lengths) / np.stack([self.whole - self.images, self.whole])
 
 
-def run(rounds: int, threads: int) -> dict[str, Any]:
-    """All figures."""
+def sides(threads: int) -> dict[str, Callable[[], Run]]:
+    """What is measured, by name."""
     config = load_config(["experiment=toy"])
     family = Family.from_pretrained(config.policy.path)
     model = VlcotForCausalLM.from_pretrained(config.policy.path, dtype=torch.float32, attn_implementation="sdpa").eval()
-    tokenizer = ImageTokenizer.from_pretrained(config.policy.image_tokenizer)
+    decoder = TimedDecoder(ImageTokenizer.from_pretrained(config.policy.image_tokenizer))
     prompts = toy_prompts(BATCH)
-    sampler = ReferenceSampler(model, family, tokenizer, group_size=1, temperature=1.0, max_new_tokens=MAX_NEW_TOKENS)
+    sampler = ReferenceSampler(model, family, decoder, group_size=1, temperature=1.0, max_new_tokens=MAX_NEW_TOKENS)
+    torch.set_num_threads(threads)
 
-    def decoded(chains: list[list[int]]) -> Lengths:
-        raw = [RawSample(c, [0.0] * len(c), (VersionSpan(0, 0, len(c)),), "stop") for c in chains]
-        return [len(sample.ids) for sample in build_samples(family.builder, tokenizer, raw)]
-
-    def ours(decoding: Decoding) -> Run:
-        started = time.perf_counter()
+    def ours(decoding: Decoding) -> Lengths:
         groups = sampler.generate_batch(prompts, [decoding] * BATCH)
-        whole = time.perf_counter() - started
-        return Run([len(s.ids) for group in groups for s in group.samples], groups[0].generation_s, whole)
+        return [len(sample.ids) for group in groups for sample in group.samples]
 
-    def theirs(guided: bool) -> Run:
-        started = time.perf_counter()
+    def theirs(guided: bool) -> Lengths:
         chains = sample(model, family, [p.ids for p in prompts], 1, MAX_NEW_TOKENS, guided=guided)
-        generation = time.perf_counter() - started
-        return Run(decoded(chains), generation, time.perf_counter() - started)
+        raw = [RawSample(c, [0.0] * len(c), (VersionSpan(0, 0, len(c)),), "stop") for c in chains]
+        return [len(sample.ids) for sample in build_samples(family.builder, decoder, raw)]
 
-    sides: dict[str, Callable[[], Run]] = {
+    def timed(side: Callable[[], Lengths]) -> Run:
+        decoder.seconds = np.zeros(2)
+        started = now()
+        lengths = side()
+        return Run(lengths, now() - started, decoder.seconds)
+
+    calls: dict[str, Callable[[], Lengths]] = {
         "ours": functools.partial(ours, Decoding(guidance=GUIDANCE)),
         "authors": functools.partial(theirs, True),
         "ours_with_pure_settings": functools.partial(ours, PURE),
         "ours_without_guidance": functools.partial(ours, Decoding()),
         "authors_without_guidance": functools.partial(theirs, False),
     }
-    torch.set_num_threads(threads)
-    for name in ("ours", "authors_without_guidance"):  # first calls fill caches
-        sides[name]()
-    measured = [{name: side() for name, side in sides.items()} for _ in range(rounds)]
+    return {name: functools.partial(timed, call) for name, call in calls.items()}
 
-    def ratio(seconds: Callable[[Run], float]) -> float:
-        """Median of ours over the authors' way, ids a second."""
-        speeds = [[sum(m[name].lengths) / seconds(m[name]) for name in ("ours", "authors")] for m in measured]
-        return round(statistics.median(ours / authors for ours, authors in speeds), 2)
 
+def figures(measured: list[dict[str, Run]], threads: int) -> dict[str, Any]:
+    """Medians over the rounds so far."""
+    ratios = np.median([m["ours"].rates / m["authors"].rates for m in measured], axis=0).round(2).tolist()
+    rates = {name: np.median([m[name].rates[0] for m in measured], axis=0).round(1) for name in measured[0]}
+    images = {name: np.median([m[name].images for m in measured], axis=0).round(2) for name in measured[0]}
     return {
         "machine": machine(),
         "threads": threads,
         "batch": BATCH,
         "guidance": GUIDANCE,
-        "ratio": ratio(lambda run: run.generation_s),
-        "ratio_with_images": ratio(lambda run: run.whole_s),
-        "tokens_per_s": {name: round(statistics.median(m[name].rate for m in measured), 1) for name in sides},
+        "ratio": {"wall": ratios[0][0], "cpu": ratios[0][1]},
+        "ratio_with_images": {"wall": ratios[1][0], "cpu": ratios[1][1]},
+        "tokens_per_s": {name: {"wall": rate[0], "cpu": rate[1]} for name, rate in rates.items()},
         "tokens_per_chain": {
-            name: round(statistics.mean(n for m in measured for n in m[name].lengths), 1) for name in sides
+            name: round(float(np.mean([m[name].lengths for m in measured])), 1) for name in measured[0]
         },
-        "images_s": {name: round(statistics.median(m[name].images_s for m in measured), 2) for name in sides},
-        "rounds": [{name: round(run.rate, 1) for name, run in m.items()} for m in measured],
+        "images_s": {name: {"wall": seconds[0], "cpu": seconds[1]} for name, seconds in images.items()},
+        "rounds": [{name: run.rates[0].round(1).tolist() for name, run in m.items()} for m in measured],
     }
 
 
@@ -121,7 +136,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     output_option(parser, "guidance")
     args = parser.parse_args()
-    write(args.output, run(args.rounds, args.threads))
+    measured_sides = sides(args.threads)
+    measured_sides["ours_with_pure_settings"]()  # the first call fills caches
+    measured: list[dict[str, Run]] = []
+    for _ in range(args.rounds):
+        measured.append({name: side() for name, side in measured_sides.items()})
+        write(args.output, figures(measured, args.threads))
 
 
 if __name__ == "__main__":
