@@ -93,10 +93,10 @@ class _Calls:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         self._open += 1
+        self._worker.submit(self._work, key, photograph, seed, tell)
         try:
             if self._open > 1:
                 yield _line({"type": "waiting", "before": self._open - 1})
-            self._worker.submit(self._work, key, photograph, seed, tell)
             event: Event = {}
             while event.get("type") not in ("done", "failed"):
                 event = await events.get()

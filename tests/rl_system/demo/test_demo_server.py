@@ -153,7 +153,7 @@ class Listener:
             self.heard.append(json.loads(message["body"]) if self.status == 200 else {"type": "refused"})
 
 
-def test_one_waits_for_the_other_and_a_restoration_ends_when_its_client_has_gone(client, standin):
+def test_one_waits_for_the_other_and_a_restoration_ends_when_its_client_has_gone(client, standin, tmp_path):
     async def visit() -> None:
         first = Listener(client.app, seed=3)
         await first.until("chain")
@@ -172,9 +172,12 @@ def test_one_waits_for_the_other_and_a_restoration_ends_when_its_client_has_gone
         await second.until("done")
         await asyncio.gather(*(listener.task for listener in (first, second, third, late, *crowd)))
         assert "done" not in [event["type"] for event in (*first.heard, *third.heard)]
+        for listener in crowd:
+            await listener.until("done")
 
     asyncio.run(asyncio.wait_for(visit(), 120))
     assert standin.ended.wait(60)
+    assert len(list((tmp_path / "out").iterdir())) == 1 + MOST_OPEN - 3  # of those who left, nothing
 
 
 # what is told of a chain
