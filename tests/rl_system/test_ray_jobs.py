@@ -98,7 +98,7 @@ class HeadNode:
         return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
-STOP = "import sys; from ray.scripts.scripts import main; sys.stdin.readline(); main(sys.argv[1:])"
+STOP = "import sys; from ray.scripts.scripts import cli; sys.stdin.readline(); cli(sys.argv[1:])"
 """The command line `ray`, which imports for seconds, ready to act at once: the steps of the toy are as short."""
 
 
