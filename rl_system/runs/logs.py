@@ -16,7 +16,7 @@ _FIELDS = ("step", "group_id")
 
 
 class JsonFile(logging.FileHandler):
-    """Appends ``time`` (UTC), ``level``, ``logger``, ``run``, ``message``; ``step``, ``group_id``, ``exception`` if any.
+    """Has ``time`` (UTC), ``level``, ``logger``, ``run``, ``message``; ``step``, ``group_id``, ``exception`` if any.
 
     ``ray.init`` gives the handlers of its logger another formatter and another level: neither counts here.
     """

@@ -124,7 +124,7 @@ def test_the_log_names_run_step_and_group_and_keeps_the_traceback(run):
         logging.getLogger("rl_system.training").info("scored %d", 3, extra={"group_id": "g-1", "step": 2})
         logging.getLogger("elsewhere").error("not ours")
         setup_logger(logging.INFO, "%(message)s")  # as ray.init does, to all handlers that it finds
-        logging.getLogger("ray.serve").warning("of Ray")
+        logging.getLogger("ray._private.worker").warning("of Ray")
         logging.getLogger("ray._private.worker").info("Started a local Ray instance.")
         raise ValueError("broken")
     with pytest.raises(RunStopped), driver_log(run):
@@ -140,7 +140,7 @@ def test_the_log_names_run_step_and_group_and_keeps_the_traceback(run):
         "step": 2,
         "group_id": "g-1",
     }
-    assert (other["logger"], other["message"]) == ("ray.serve", "of Ray")
+    assert (other["logger"], other["message"]) == ("ray._private.worker", "of Ray")
     assert error["level"] == "ERROR" and "test_status.py" in error["exception"] and "broken" in error["message"]
     assert stop["level"] == "INFO"
 
