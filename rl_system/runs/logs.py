@@ -15,12 +15,20 @@ _FIELDS = ("step", "group_id")
 """What a call may give in ``extra``."""
 
 
-class JsonFormatter(logging.Formatter):
-    """``time`` (UTC), ``level``, ``logger``, ``run``, ``message``; ``step``, ``group_id``, ``exception`` if any."""
+class JsonFile(logging.FileHandler):
+    """Has ``time`` (UTC), ``level``, ``logger``, ``run``, ``message``; ``step``, ``group_id``, ``exception`` if any.
 
-    def __init__(self, run: str) -> None:
-        super().__init__()
-        self._run = run
+    ``ray.init`` gives the handlers of its logger another formatter and another level: neither counts here.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        super().__init__(run.logs / "driver.jsonl")
+        self._run = run.name
+        self._exceptions = logging.Formatter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """All of our own; of others warnings and errors."""
+        return record.levelno >= logging.WARNING or record.name.partition(".")[0] in _OURS
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
@@ -33,7 +41,7 @@ class JsonFormatter(logging.Formatter):
             **{name: getattr(record, name) for name in _FIELDS if hasattr(record, name)},
         }
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+            line["exception"] = self._exceptions.formatException(record.exc_info)
         return json.dumps(line)
 
 
@@ -43,13 +51,14 @@ def driver_log(run: RunDirectory) -> Iterator[None]:
 
     An exception that leaves the block is logged with its traceback.
     """
-    handler = logging.FileHandler(run.logs / "driver.jsonl")
-    handler.setFormatter(JsonFormatter(run.name))
-    loggers = [logging.getLogger(name) for name in (*_OURS, "ray")]
-    levels = [logger.level for logger in loggers]
+    handler = JsonFile(run)
+    ours = [logging.getLogger(name) for name in _OURS]
+    levels = [logger.level for logger in ours]
+    loggers = [*ours, logging.getLogger("ray")]
     for logger in loggers:
         logger.addHandler(handler)
-        logger.setLevel(logging.WARNING if logger.name == "ray" else logging.INFO)
+    for logger in ours:
+        logger.setLevel(logging.INFO)
     try:
         yield
     except Exception as error:
@@ -57,7 +66,8 @@ def driver_log(run: RunDirectory) -> Iterator[None]:
         logging.getLogger(__name__).log(level, "%s: %s", type(error).__name__, error, exc_info=True)
         raise
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger in loggers:
             logger.removeHandler(handler)
+        for logger, level in zip(ours, levels, strict=True):
             logger.setLevel(level)
         handler.close()

@@ -98,7 +98,7 @@ class HeadNode:
         return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
-STOP = "import sys; from ray.scripts.scripts import main; sys.stdin.readline(); main(sys.argv[1:])"
+STOP = "import sys; from ray.scripts.scripts import cli; sys.stdin.readline(); cli(sys.argv[1:])"
 """The command line `ray`, which imports for seconds, ready to act at once: the steps of the toy are as short."""
 
 
@@ -209,9 +209,9 @@ def test_a_job_is_refused_stopped_resumed_and_done_on_a_cluster_with_a_token(hea
     assert not run.exists()
 
     assert submit("first", wait=False).returncode == 0
-    wait_for(run.exists, head.process, 240)
+    wait_for(run.exists, head.process, 400)
     stop = head.ready_to_stop("first", elsewhere)
-    wait_for(lambda: lines(run / "metrics.jsonl"), head.process, 240)
+    wait_for(lambda: lines(run / "metrics.jsonl"), head.process, 400)
     said, _ = stop.communicate("now\n", timeout=180)
     assert stop.returncode == 0 and "stopped" in said, said
     assert head.ask("/api/jobs/first")["status"] == "STOPPED"

@@ -10,6 +10,7 @@ from io import StringIO
 from types import SimpleNamespace
 
 import pytest
+from ray._private.ray_logging import setup_logger
 from rich.console import Console
 
 from rl_system.commands.main import main
@@ -122,10 +123,13 @@ def test_the_log_names_run_step_and_group_and_keeps_the_traceback(run):
     with pytest.raises(ValueError), driver_log(run):
         logging.getLogger("rl_system.training").info("scored %d", 3, extra={"group_id": "g-1", "step": 2})
         logging.getLogger("elsewhere").error("not ours")
+        setup_logger(logging.INFO, "%(message)s")  # as ray.init does, to all handlers that it finds
+        logging.getLogger("ray._private.worker").warning("of Ray")
+        logging.getLogger("ray._private.worker").info("Started a local Ray instance.")
         raise ValueError("broken")
     with pytest.raises(RunStopped), driver_log(run):
         raise RunStopped("stopped after step 2")
-    first, error, stop = (json.loads(line) for line in (run.logs / "driver.jsonl").read_text().splitlines())
+    first, other, error, stop = (json.loads(line) for line in (run.logs / "driver.jsonl").read_text().splitlines())
     assert first["time"].endswith("+00:00")
     del first["time"]
     assert first == {
@@ -136,6 +140,7 @@ def test_the_log_names_run_step_and_group_and_keeps_the_traceback(run):
         "step": 2,
         "group_id": "g-1",
     }
+    assert (other["logger"], other["message"]) == ("ray._private.worker", "of Ray")
     assert error["level"] == "ERROR" and "test_status.py" in error["exception"] and "broken" in error["message"]
     assert stop["level"] == "INFO"
 
