@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 import xxhash
+
+if TYPE_CHECKING:  # the process that only keeps buckets of bytes does without it, and is up sooner
+    import torch
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * getattr(torch, self.dtype).itemsize
+        return int(np.prod(self.shape, dtype=np.int64)) * _dtype(self.dtype).itemsize
 
 
 Bucket = tuple[TensorSpec, ...]
@@ -60,7 +62,7 @@ def pack(bucket: Bucket, tensors: Mapping[str, torch.Tensor]) -> np.ndarray:
         tensor = tensors.get(spec.name)
         if tensor is None:
             raise ValueError(f"no tensor {spec.name} to pack")
-        if tuple(tensor.shape) != spec.shape or tensor.dtype != getattr(torch, spec.dtype):
+        if tuple(tensor.shape) != spec.shape or tensor.dtype != _dtype(spec.dtype):
             raise ValueError(f"{spec.name} is {tuple(tensor.shape)} {tensor.dtype}, the layout says {spec}")
         parts.append(_bytes_of(tensor))
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint8)
@@ -72,8 +74,10 @@ def unpack(bucket: Bucket, data: np.ndarray) -> Iterator[tuple[str, torch.Tensor
     Raises:
         ValueError: ``data`` has not exactly the bucket's size.
     """
+    import torch
+
     for spec, part in _cut(bucket, data):
-        yield spec.name, torch.from_numpy(part).view(getattr(torch, spec.dtype)).reshape(spec.shape)
+        yield spec.name, torch.from_numpy(part).view(_dtype(spec.dtype)).reshape(spec.shape)
 
 
 def bucket_checksums(bucket: Bucket, data: np.ndarray) -> dict[str, int]:
@@ -106,7 +110,14 @@ def checksums(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, int]:
 
 
 def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+    return tensor.detach().to("cpu").contiguous().reshape(-1).view(_dtype("uint8")).numpy()
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 @dataclass(frozen=True)
