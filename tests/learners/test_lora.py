@@ -44,7 +44,8 @@ def runs(lora_spec, groups, tmp_path_factory) -> dict[tuple[int, str], Any]:
         specs = {"plain": lora_spec}
         if ranks == 2:
             dropped = replace(lora_spec, lora=replace(LORA, dropout=0.3))
-            specs |= {"dropped": dropped, "resumed": replace(dropped, activation_checkpointing=True)}
+            lean = replace(lora_spec, activation_checkpointing=True)
+            specs |= {"lean": lean, "dropped": dropped, "resumed": dropped}
         jobs = {
             name: LoraJob(of, groups, directory / f"{ranks}-{name}.pt", name == "resumed", name == "plain")
             for name, of in specs.items()
@@ -139,12 +140,17 @@ def test_a_push_has_the_merged_weights(runs, lora_spec, ranks) -> None:
 
 @pytest.mark.engine
 def test_a_resumed_run_has_the_bits_of_the_uninterrupted_one(runs) -> None:
-    """With dropout; and the resumed one computes activations again instead of keeping them."""
+    """With dropout, which a repeated step must draw alike."""
     whole, resumed = runs[2, "dropped"], runs[2, "resumed"]
     for kind in ("trained", "pushed", "gradient"):
         assert checksums(whole[kind].items()) == checksums(resumed[kind].items()), kind
         assert checksums(whole[kind].items()) != checksums(runs[2, "plain"][kind].items()), kind
     assert whole["metrics"][1]["grpo/loss"] == resumed["metrics"][1]["grpo/loss"]
+
+
+@pytest.mark.engine
+def test_checkpointed_activations_change_nothing(runs) -> None:
+    assert checksums(runs[2, "lean"]["trained"].items()) == checksums(runs[2, "plain"]["trained"].items())
 
 
 @pytest.mark.engine
