@@ -16,10 +16,7 @@ PROGRAM = "rl-system demo"
 
 def run(args: list[str]) -> int:
     """Serve the page; returns the exit code: 0 stopped, 1 error, 2 refused."""
-    try:
-        options = _parser().parse_args(args)
-    except SystemExit as stop:  # of --help, or of arguments that argparse has already complained about
-        return int(stop.code or 0)
+    options = _parser().parse_args(args)
     try:
         _serve(options)
     except ValueError as error:

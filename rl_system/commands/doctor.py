@@ -21,10 +21,7 @@ PROGRAM = "rl-system doctor"
 
 def run(args: list[str]) -> int:
     """Look; returns the exit code: 0 all fits, 1 something does not, 2 bad configuration or arguments."""
-    try:
-        options = _parser().parse_intermixed_args(args)
-    except SystemExit as stop:  # of --help, or of arguments that argparse has already complained about
-        return int(stop.code or 0)
+    options = _parser().parse_intermixed_args(args)
     try:
         config = compose_config(options.overrides)
         from rl_system.doctor.machine import planned, this_machine  # torch is needed from here on

@@ -10,17 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rl_system.commands import exit_codes
-from rl_system.commands.arguments import named_folder
+from rl_system.commands.arguments import named_folder, positive
 
 PROGRAM = "rl-system evaluate"
 
 
 def run(args: list[str]) -> int:
     """Evaluate; returns the exit code: 0 done, 1 error, 2 refused, 130 interrupted. Nothing is half written."""
-    try:
-        options = _parser().parse_args(args)
-    except SystemExit as stop:  # of --help, or of arguments that argparse has already complained about
-        return int(stop.code or 0)
+    options = _parser().parse_args(args)
     from rl_system.studies.evaluate.images import EvaluationRefused  # torch and pyiqa are needed from here on
     from rl_system.studies.evaluate.scoring import EvaluationFailed
 
@@ -68,14 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", metavar="DIR", required=True, type=Path, help="folder to write; must not exist")
     add("--weights", metavar="DIR", type=Path, help="where the metrics' weight files are; nothing is downloaded")
     add("--metrics", metavar="A,B", type=lambda text: text.split(","), help="only these, as PSNR,SSIM; default all ten")
-    add("--processes", metavar="N", type=_positive, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    add("--processes", metavar="N", type=positive, default=len(os.sched_getaffinity(0)), help="default: all cores")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
-    return int(text)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

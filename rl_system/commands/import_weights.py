@@ -27,10 +27,7 @@ FIRST_TENSORS = {
 
 def run(args: list[str]) -> int:
     """Import or check; returns the exit code: 0 done, 1 error, 2 refused, 130 interrupted."""
-    try:
-        options = _parser().parse_args(args)
-    except SystemExit as stop:  # of --help, or of arguments that argparse has already complained about
-        return int(stop.code or 0)
+    options = _parser().parse_args(args)
     problem = _contradiction(options)
     if problem:
         print(f"rl-system import-weights: {problem}", file=sys.stderr)

@@ -15,10 +15,7 @@ OVERLAYS = Path("k8s/overlays")
 
 def run(args: list[str]) -> int:
     """Do one of the actions; returns the exit code: 0 good, 2 bad manifests or input, 1 kubectl failed."""
-    try:
-        options = _parser().parse_args(args)
-    except SystemExit as stop:  # of --help, or of arguments that argparse has already complained about
-        return int(stop.code or 0)
+    options = _parser().parse_args(args)
     try:
         return _do(options)
     except KeyboardInterrupt:

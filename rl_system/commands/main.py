@@ -37,7 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rl-system: unknown command '{args[0]}'; commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return exit_codes.BAD_INPUT
     command: Callable[[list[str]], int] = import_module(f"rl_system.commands.{args[0].replace('-', '_')}").run
-    return command(args[1:])
+    try:
+        return command(args[1:])
+    except SystemExit as stop:  # of --help, or of arguments that argparse has already complained about
+        return int(stop.code or 0)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,7 @@ def run(args: list[str]) -> int:
     parser.add_argument(
         "--output", type=Path, help="of several runs; default: compare.html in the folder of the first one"
     )
-    try:
-        options = parser.parse_args(args)
-    except SystemExit as stop:  # of --help, or of arguments that argparse has already complained about
-        return int(stop.code or 0)
+    options = parser.parse_args(args)
     try:
         runs = [RunDirectory.open(path) for path in options.run_directories]
         if len(runs) == 1 and options.output is None:

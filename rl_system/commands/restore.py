@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rl_system.commands import exit_codes
+from rl_system.commands.arguments import natural, positive
 
 if TYPE_CHECKING:
     from actors.decoding import EntropyTopK
@@ -36,10 +37,7 @@ CPU_CACHE_SHARE = 0.5
 
 def run(args: list[str]) -> int:
     """Restore; returns the exit code: 0 all done, 1 a picture failed, 2 refused, 130 interrupted."""
-    try:
-        options = _parser().parse_args(args)
-    except SystemExit as stop:  # of --help, or of arguments that argparse has already complained about
-        return int(stop.code or 0)
+    options = _parser().parse_args(args)
     try:
         plan = _plan(options)
     except (ValueError, OSError) as error:
@@ -73,18 +71,18 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--tile",
         metavar="N",
-        type=_positive,
+        type=positive,
         help="side of a tile in the result's pixels; default: what the policy draws",
     )
     add(
         "--tile-overlap",
         metavar="N",
-        type=_natural,
+        type=natural,
         help="pixels that tiles share at least; default: a quarter of a tile",
     )
     add("--align", choices=ALIGN, default="wavelet", help="take colours from the bicubic input; default wavelet")
-    add("--seed", metavar="N", type=_natural, default=0)
-    add("--samples", metavar="N", type=_positive, default=1, help="results of each picture; all are kept unless --best")
+    add("--seed", metavar="N", type=natural, default=0)
+    add("--samples", metavar="N", type=positive, default=1, help="results of each picture; all are kept unless --best")
     add("--best", metavar="EXPERT", help="keep the best sample only: agreement, likelihood, NIQE, MUSIQ, ... (docs)")
     add("--weights", metavar="DIR", type=Path, help="weight files of the metric that chooses (docs/evaluate.md)")
     add("--temperature", metavar="T", type=_temperature, help="of sampling; default: that of training")
@@ -92,13 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--image-top-k", metavar="K|dynamic", type=_image_top_k, help="of image codes, by entropy or fixed; default all"
     )
-    add("--text-top-k", metavar="K", type=_positive, help="of text; 1 is greedy; default all")
+    add("--text-top-k", metavar="K", type=positive, help="of text; 1 is greedy; default all")
     add("--save-steps", action="store_true", help="coarse and middle images and the chain's texts, in OUTPUT/steps")
     add("--compare", action="store_true", help="strips of bicubic and restored, in OUTPUT/compare")
     add("--backend", choices=BACKENDS, help="default vllm; transformers with --guidance, or where vLLM does not run")
     add("--device", choices=DEVICES, default="auto", help="default: cuda where there is one")
     add("--dtype", choices=DTYPES, default="auto", help="default: float32 on a CPU, bfloat16 on a GPU")
-    add("--batch", metavar="N", type=_positive, default=32, help="chains sampled at a time; default 32")
+    add("--batch", metavar="N", type=positive, default=32, help="chains sampled at a time; default 32")
     add("--skip-existing", action="store_true", help="leave out pictures whose results are there")
     add("--json", action="store_true", help="one JSON object per picture on standard output, then a summary")
     return parser
@@ -273,18 +271,6 @@ def _threads(policy: Path) -> int:
     return 1 if read_config(policy)["hidden_size"] < SMALL_HIDDEN_SIZE else len(os.sched_getaffinity(0))
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
-    return int(text)
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0")
-    return int(text)
-
-
 def _upscale(text: str) -> float:
     value = _number(text)
     if not 1 <= value <= MOST_UPSCALE:
@@ -309,7 +295,7 @@ def _guidance(text: str) -> float:
 def _image_top_k(text: str) -> EntropyTopK:
     from actors.decoding import EntropyTopK
 
-    return EntropyTopK() if text == "dynamic" else EntropyTopK(_positive(text), _positive(text))
+    return EntropyTopK() if text == "dynamic" else EntropyTopK(positive(text), positive(text))
 
 
 def _number(text: str) -> float:

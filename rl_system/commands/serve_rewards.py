@@ -21,10 +21,7 @@ _START_TIMEOUT_S = 900.0
 
 def run(args: list[str]) -> int:
     """Returns the exit code: 0 done, 1 error, 2 bad configuration or input."""
-    try:
-        options = _parser().parse_args(args)
-    except SystemExit as stop:  # of --help, or of arguments that argparse has already complained about
-        return int(stop.code or 0)
+    options = _parser().parse_args(args)
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     try:
         options.do(options)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rl_system.commands import exit_codes
+from rl_system.commands.arguments import natural, positive
 
 if TYPE_CHECKING:
     from rl_system.studies.scaling.search import Plan
@@ -23,10 +23,7 @@ PROGRAM = "rl-system simulate"
 
 def run(args: list[str]) -> int:
     """Simulate; returns the exit code: 0 done, 2 refused, 130 interrupted."""
-    try:
-        options = _parser().parse_args(args)
-    except SystemExit as stop:  # of --help, or of arguments that argparse has already complained about
-        return int(stop.code or 0)
+    options = _parser().parse_args(args)
     try:
         options.action(options)
     except ValueError as error:
@@ -51,15 +48,15 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         help="for example runs/toy; several tell fixed costs from growing ones",
     )
-    add("--max-staleness", metavar="N", type=_count(0), nargs="+", default=[0, 1, 3], help="default 0 1 3")
-    add("--groups-per-step", metavar="N", type=_count(1), nargs="+", help="default: that of the first run")
-    add("--cores", metavar="N", type=_count(1), help="of the machine that ran them; default: those of this one")
+    add("--max-staleness", metavar="N", type=natural, nargs="+", default=[0, 1, 3], help="default 0 1 3")
+    add("--groups-per-step", metavar="N", type=positive, nargs="+", help="default: that of the first run")
+    add("--cores", metavar="N", type=positive, help="of the machine that ran them; default: those of this one")
 
     cluster = actions.add_parser("cluster", help="estimated costs of 7B; the best split of GPUs, or a given one")
     cluster.set_defaults(action=_cluster)
     add = cluster.add_argument
     add("--costs", metavar="FILE", type=Path, help="figures with their sources; default: 7B on H100")
-    add("--gpus", metavar="N", type=_count(1), nargs="+", default=[8, 64], help="default 8 64; 1024 takes minutes")
+    add("--gpus", metavar="N", type=positive, nargs="+", default=[8, 64], help="default 8 64; 1024 takes minutes")
     add(
         "--split",
         metavar="L/R/D/E",
@@ -68,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="GPUs of learner, rollout, detector, expert",
     )
-    add("--max-staleness", metavar="N", type=_count(0), nargs="+", default=[0, 1, 2], help="default 0 1 2")
-    add("--groups-per-step", metavar="N", type=_count(1), help="default: the smallest that is nearly the fastest")
+    add("--max-staleness", metavar="N", type=natural, nargs="+", default=[0, 1, 2], help="default 0 1 2")
+    add("--groups-per-step", metavar="N", type=positive, help="default: the smallest that is nearly the fastest")
     add(
         "--time",
         metavar="KIND=F",
@@ -80,15 +77,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--tokenizer-on-gpu", action="store_true", help="as if driver and actors had the image tokenizer on a GPU")
     return parser
-
-
-def _count(least: int) -> Callable[[str], int]:
-    def count(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {least}")
-        return int(text)
-
-    return count
 
 
 def _split(text: str) -> tuple[int, ...]:

@@ -15,10 +15,7 @@ def run(args: list[str]) -> int:
     parser = argparse.ArgumentParser("rl-system status", description="What a run is doing, or how it ended.")
     parser.add_argument("run_directory", metavar="RUN_DIRECTORY", help="for example runs/toy")
     parser.add_argument("--watch", action="store_true", help="again every two seconds, until the run ends or Ctrl-C")
-    try:
-        options = parser.parse_args(args)
-    except SystemExit as stop:  # of --help, or of arguments that argparse has already complained about
-        return int(stop.code or 0)
+    options = parser.parse_args(args)
     try:
         directory = RunDirectory.open(options.run_directory)
     except ValueError as error:

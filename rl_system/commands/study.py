@@ -15,10 +15,7 @@ PROGRAM = "rl-system study"
 
 def run(args: list[str]) -> int:
     """Serve a study or write its results; returns the exit code: 0 done or stopped, 1 error, 2 refused."""
-    try:
-        options = _parser().parse_args(args)
-    except SystemExit as stop:  # of --help, or of arguments that argparse has already complained about
-        return int(stop.code or 0)
+    options = _parser().parse_args(args)
     from rl_system.studies.evaluate.images import EvaluationRefused
 
     try:

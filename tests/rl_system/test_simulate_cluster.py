@@ -8,7 +8,7 @@ import math
 import pytest
 import yaml
 
-from rl_system.commands import simulate
+from rl_system.commands.main import main
 from rl_system.studies.scaling.hardware import SHIPPED, Allocation, Cluster, CostsRefused, read_figures
 from rl_system.studies.scaling.search import best_batch, best_plan, bottleneck, evaluate
 
@@ -92,7 +92,7 @@ def test_a_file_without_a_source_for_each_number_is_refused(tmp_path, capsys, ch
     change(costs)
     path = tmp_path / "costs.yaml"
     path.write_text(yaml.safe_dump(costs))
-    assert simulate.run(["cluster", "--costs", str(path), "--gpus", "8"]) == 2
+    assert main(["simulate", "cluster", "--costs", str(path), "--gpus", "8"]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
@@ -111,7 +111,7 @@ def test_a_file_without_a_source_for_each_number_is_refused(tmp_path, capsys, ch
     ],
 )
 def test_bad_input_ends_with_2_and_says_why(capsys, arguments, message):
-    assert simulate.run(["cluster", *arguments]) == 2
+    assert main(["simulate", "cluster", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -123,7 +123,7 @@ def test_a_model_that_is_too_large_for_a_device_is_refused():
 def test_the_table_of_a_given_split(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     arguments = ["cluster", "--split", "4/2/1/1", "--max-staleness", "1", "--groups-per-step", "8"]
-    assert simulate.run(arguments) == 0
+    assert main(["simulate", *arguments]) == 0
     printed = capsys.readouterr().out
     plan = evaluate(CLUSTER, Allocation(4, 2, 1, 1), 8, 1)
     assert f"{plan.rate:.3f}" in printed and "rollout +" in printed and "estimates, not measurements" in printed
@@ -132,7 +132,7 @@ def test_the_table_of_a_given_split(capsys, monkeypatch):
 def test_several_splits_and_factors_in_one_call(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     arguments = ["--max-staleness", "0", "--groups-per-step", "8", "--time", "expert=2", "rollout=0.5"]
-    assert simulate.run(["cluster", "--split", "4/2/1/1", "3/3/1/1", *arguments]) == 0
+    assert main(["simulate", "cluster", "--split", "4/2/1/1", "3/3/1/1", *arguments]) == 0
     printed = capsys.readouterr().out
     for split in (Allocation(4, 2, 1, 1), Allocation(3, 3, 1, 1)):
         rate = evaluate(CLUSTER.scaled(expert=2, rollout=0.5), split, 8, 0).rate

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rl_system.commands import simulate
+from rl_system.commands.main import main
 from rl_system.runs.directory import RunDirectory
 from rl_system.studies.scaling.calibration import TOY, fit, pipeline_of, simulated
 from rl_system.studies.scaling.measured import MeasuredRun, Setting, read_run
@@ -121,7 +121,9 @@ def test_a_run_directory_is_measured_from_its_second_step_on(tmp_path):
 def test_the_command_fits_and_predicts(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     run = str(_write_run(tmp_path / "toy"))
-    assert simulate.run(["run", run, "--max-staleness", "0", "2", "--groups-per-step", "2", "6", "--cores", "2"]) == 0
+    assert (
+        main(["simulate", "run", run, "--max-staleness", "0", "2", "--groups-per-step", "2", "6", "--cores", "2"]) == 0
+    )
     printed = capsys.readouterr().out
     measured = read_run(RunDirectory.open(run))
     model = simulated(fit([measured], 2), measured, 2)
@@ -140,12 +142,12 @@ def test_the_command_fits_and_predicts(tmp_path, capsys, monkeypatch):
 )
 def test_runs_that_say_too_little_are_refused(tmp_path, capsys, written, message):
     run = _write_run(tmp_path / "toy", **written)
-    assert simulate.run(["run", str(run)]) == 2
+    assert main(["simulate", "run", str(run)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
 
 def test_what_is_no_run_is_refused(tmp_path, capsys):
-    assert simulate.run(["run", str(tmp_path)]) == 2
+    assert main(["simulate", "run", str(tmp_path)]) == 2
     assert "is not the directory of a run" in capsys.readouterr().err
-    assert simulate.run(["run", str(tmp_path), "--max-staleness", "-1"]) == 2
+    assert main(["simulate", "run", str(tmp_path), "--max-staleness", "-1"]) == 2
