@@ -27,7 +27,7 @@ class RowCache:
     """
 
     def __init__(self, config: Any, rows: int, capacity: int, like: torch.Tensor) -> None:
-        shape = (rows, capacity, config.num_key_value_heads, config.head_dim)
+        shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
         self.keys, self.values = (
             [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(config.num_hidden_layers)]
             for _ in range(2)
@@ -39,7 +39,7 @@ class RowCache:
         length = keys[0].shape[2]
         for ours, theirs in ((self.keys, keys), (self.values, values)):
             for layer, new in zip(ours, theirs, strict=True):
-                layer[rows, :length] = new.transpose(1, 2)
+                layer[rows, :, :length] = new
         self.lengths[rows] = length
 
     def restart(self, rows: Sequence[int]) -> None:
@@ -82,18 +82,18 @@ class _Part:
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float):
         """[ids, heads, head_dim] each, and so is the result."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.rows, self.places] = key
-        values[self.rows, self.places] = value
+        keys[self.rows, :, self.places] = key
+        values[self.rows, :, self.places] = value
         if not self.is_whole:
             query = query.new_zeros(len(keys), *query.shape[1:]).index_copy_(0, self.rows, query)
         width = self.seen.shape[-1]
         output = scaled_dot_product_attention(
             query[:, :, None],
-            keys[:, :width].transpose(1, 2),
-            values[:, :width].transpose(1, 2),
+            keys[:, :, :width],
+            values[:, :, :width],
             attn_mask=self.seen,
             scale=scale,
-            enable_gqa=keys.shape[2] != query.shape[1],
+            enable_gqa=keys.shape[1] != query.shape[1],
         )[:, :, 0]
         return output if self.is_whole else output[self.rows]
 
