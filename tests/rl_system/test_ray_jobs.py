@@ -203,12 +203,13 @@ def test_a_job_is_refused_stopped_resumed_and_done_on_a_cluster_with_a_token(hea
     assert without_token.returncode != 0 and "oken" in without_token.stdout + without_token.stderr
 
     refused = submit("refused", "rollout.gruop_size=8")
+    assert "did you mean 'rollout.group_size'?" in refused.stdout, refused.stdout + refused.stderr
     assert refused.returncode == 1  # of the command line, whatever the program's own code
-    assert "did you mean 'rollout.group_size'?" in refused.stdout
     assert head.ask("/api/jobs/refused")["driver_exit_code"] == 2
     assert not run.exists()
 
-    assert submit("first", wait=False).returncode == 0
+    first = submit("first", wait=False)
+    assert first.returncode == 0, first.stdout + first.stderr
     wait_for(run.exists, head.process, 400)
     stop = head.ready_to_stop("first", elsewhere)
     wait_for(lambda: lines(run / "metrics.jsonl"), head.process, 400)
