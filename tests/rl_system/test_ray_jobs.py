@@ -113,7 +113,7 @@ def free_ports(count: int) -> list[int]:
 @pytest.fixture
 def head(tmp_path):
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # sockets have short paths
-    port, dashboard = free_ports(2)
+    port, dashboard, agent, client = free_ports(4)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
     environment |= {
         "PATH": f"{BIN}:{os.environ['PATH']}",  # where the job finds `python`
@@ -122,18 +122,10 @@ def head(tmp_path):
     }
     address = ["--node-ip-address=127.0.0.1", f"--port={port}"]
     board = ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    command = [
-        str(BIN / "ray"),
-        "start",
-        "--head",
-        "--block",
-        *address,
-        *board,
-        "--num-cpus=8",
-        "--disable-usage-stats",
-    ]
+    others = [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", f"--temp-dir={folder}"]
+    size = ["--num-cpus=8", "--disable-usage-stats"]
     process = subprocess.Popen(
-        [*command, f"--temp-dir={folder}"],
+        [str(BIN / "ray"), "start", "--head", "--block", *address, *board, *others, *size],
         env=environment,
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
@@ -142,7 +134,8 @@ def head(tmp_path):
     )
     node = HeadNode(process, f"http://127.0.0.1:{dashboard}", environment)
     try:
-        wait_for(lambda: answers(node), process, 90)
+        wait_for(lambda: answers(node), process, 180)
+        wait_for(lambda: listens(agent), process, 180)  # Ray refuses jobs until it does
         yield node
     finally:
         children = psutil.Process(process.pid).children(recursive=True)
@@ -160,6 +153,11 @@ def answers(node: HeadNode) -> bool:
         return bool(node.ask("/api/version"))
     except (urllib.error.URLError, ConnectionError):
         return False
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def wait_for(condition, process: subprocess.Popen[bytes], timeout_s: float) -> None:
@@ -203,12 +201,13 @@ def test_a_job_is_refused_stopped_resumed_and_done_on_a_cluster_with_a_token(hea
     assert without_token.returncode != 0 and "oken" in without_token.stdout + without_token.stderr
 
     refused = submit("refused", "rollout.gruop_size=8")
+    assert "did you mean 'rollout.group_size'?" in refused.stdout, refused.stdout + refused.stderr
     assert refused.returncode == 1  # of the command line, whatever the program's own code
-    assert "did you mean 'rollout.group_size'?" in refused.stdout
     assert head.ask("/api/jobs/refused")["driver_exit_code"] == 2
     assert not run.exists()
 
-    assert submit("first", wait=False).returncode == 0
+    first = submit("first", wait=False)
+    assert first.returncode == 0, first.stdout + first.stderr
     wait_for(run.exists, head.process, 400)
     stop = head.ready_to_stop("first", elsewhere)
     wait_for(lambda: lines(run / "metrics.jsonl"), head.process, 400)
