@@ -74,7 +74,7 @@ class TensorBoardSink:
 class PrometheusSink:
     """Gauges at the Prometheus endpoint of the Ray node on which this process runs, with the tag ``run``.
 
-    A gauge keeps its last value in steps that have none, and goes when the process ends. Ray must be connected.
+    A gauge goes with the first step that has none, and when the process ends. Ray must be connected.
     """
 
     def __init__(self, run: str) -> None:
