@@ -63,7 +63,7 @@ class FakeKubernetes(IKubernetesHttpApiClient):
             return self.get("rayclusters/")
 
     def delete(self, path: str) -> dict[str, Any]:
-        raise NotImplementedError(path)
+        raise AssertionError(f"the autoscaler scales by patches, and asked to delete {path}")
 
     def reconcile(self) -> None:
         """What the operator does. On the main thread: Ray's nodes install signal handlers."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
 from rl_system.runs.directory import RunDirectory
@@ -107,7 +107,8 @@ def write_report(config: AblateConfig, plan: Plan) -> Path:
     """
     output = Path(config.output)
     scores = json.loads((output / "evaluation" / "scores.json").read_text())["scores"]
-    table = compare({**test_figures(scores, plan.results), **prompt_figures(plan.results)}, config.base)
+    restored = test_figures(scores, plan.results)
+    table = compare({**restored, **prompt_figures(plan.results)}, config.base)
     variants = chosen_variants(config)
     tables = {t: [n for n in names if n in variants] for t, names in config.tables.items()}
     page = _environment().get_template("report.html.j2")
@@ -118,7 +119,7 @@ def write_report(config: AblateConfig, plan: Plan) -> Path:
         "table": table,
         "lower": _LOWER_IS_BETTER,
         "seeds": list(config.seeds),
-        "images": len(next(iter(test_figures(scores, plan.results).values()))[config.base][0]),
+        "images": next(iter(restored.values()))[config.base].shape[1],
     }
     write_atomic(output / "report.html", page.render(**facts, pictures=_pictures(config, plan)))
     write_atomic(output / "report.md", _environment().get_template("report.md.j2").render(**facts))
@@ -128,7 +129,9 @@ def write_report(config: AblateConfig, plan: Plan) -> Path:
 
 def _environment() -> Environment:
     folder = FileSystemLoader(Path(__file__).with_name("templates"))
-    environment = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment = Environment(
+        loader=folder, autoescape=select_autoescape(["html.j2"]), undefined=StrictUndefined, trim_blocks=True
+    )
     environment.filters["signed"] = lambda value: f"{value:+.3f}"
     environment.filters["figure"] = lambda value: f"{value:.3f}"
     return environment
