@@ -157,8 +157,9 @@ def test_one_waits_for_the_other_and_a_restoration_ends_when_its_client_has_gone
     async def visit() -> None:
         first = Listener(client.app, seed=3)
         await first.until("chain")
-        second, third = Listener(client.app, seed=0), Listener(client.app, seed=0)
+        second = Listener(client.app, seed=0)
         await second.until("waiting")
+        third = Listener(client.app, seed=0)
         await third.until("waiting")
         assert [event["before"] for event in (*second.heard, *third.heard)] == [1, 2]
         crowd = [Listener(client.app, seed=0) for _ in range(MOST_OPEN - 3)]
