@@ -18,6 +18,7 @@ from learners.protocols import LearnerStart
 from learners.spec import LearnerSpec
 from rl_system.cold_start.data import PreparedExamples, held_out_prompts
 from rl_system.cold_start.desk import Desk, DeskLine
+from rl_system.cold_start.lookout import Lookout
 from rl_system.cold_start.settings import ColdStartConfig, sampling_spec
 from rl_system.coordination.experience_queue import StepReport
 from rl_system.runs.directory import RunDirectory, RunStopped
@@ -25,7 +26,7 @@ from rl_system.runs.pictures import write_chain_pictures, write_png
 from rl_system.runs.progress import Progress
 from rl_system.runs.sinks import PrometheusSink, open_sinks
 from vlcot import metrics
-from vlcot.groups import Group
+from vlcot.groups import Group, Prompt
 from vlcot.policy.family import Family
 from vlcot.rewards import degradation_reward, format_reward
 
@@ -53,7 +54,9 @@ def random_start(config: ColdStartConfig, run: RunDirectory) -> str:
     return str(directory)
 
 
-def train(config: ColdStartConfig, spec: LearnerSpec, run: RunDirectory, progress: Progress) -> LearnerResult:
+def train(
+    config: ColdStartConfig, spec: LearnerSpec, run: RunDirectory, progress: Progress, lookout: Lookout
+) -> LearnerResult:
     """Train to the last step; metrics go to the run's sinks.
 
     Raises:
@@ -85,7 +88,7 @@ def train(config: ColdStartConfig, spec: LearnerSpec, run: RunDirectory, progres
     try:
         progress.stage("starting the learner")
         group.start()
-        _follow(group, desk, spec, run, progress)
+        _follow(group, desk, spec, run, progress, lookout)
         result = group.result()
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -94,7 +97,9 @@ def train(config: ColdStartConfig, spec: LearnerSpec, run: RunDirectory, progres
     return result
 
 
-def _follow(group: ColdStartGroup, desk: Any, spec: LearnerSpec, run: RunDirectory, progress: Progress) -> None:
+def _follow(
+    group: ColdStartGroup, desk: Any, spec: LearnerSpec, run: RunDirectory, progress: Progress, lookout: Lookout
+) -> None:
     """Log every step until the group has ended and its last report is read."""
     sink, last = None, 0
     try:
@@ -111,9 +116,10 @@ def _follow(group: ColdStartGroup, desk: Any, spec: LearnerSpec, run: RunDirecto
                 if sink is not None:
                     sink.close()
                 sink, last = open_sinks(run, event.step, PrometheusSink(run.name)), event.step
+                lookout.step = last
                 progress.stage("training")
             elif isinstance(event, StepReport) and sink is not None and event.step > last:
-                last = event.step
+                last = lookout.step = event.step
                 sink.log(event.step, event.metrics)
                 progress.update(event.step, spec.steps, event.metrics, {})
     finally:
@@ -121,26 +127,41 @@ def _follow(group: ColdStartGroup, desk: Any, spec: LearnerSpec, run: RunDirecto
             sink.close()
 
 
-def evaluate(config: ColdStartConfig, policy: Path, run: RunDirectory, progress: Progress) -> dict[str, float | None]:
+def evaluate(
+    config: ColdStartConfig, policy: Path, run: RunDirectory, progress: Progress, lookout: Lookout
+) -> dict[str, float | None]:
     """Sample one chain of each held-out question by vLLM.
 
     Returns:
         ``prompts``; ``format_rate``; ``degradation_accuracy``, components that are right; ``image_rate``, chains with a
         final image; ``psnr``, its mean PSNR in dB (None without any). Pictures of some go to ``evaluation/``.
     """
-    progress.stage("sampling held-out chains")
+    stage = "sampling held-out chains"
+    progress.stage(stage)
     evaluation = config.evaluation
     size = Family.from_pretrained(policy).layout.full_size
     prompts, targets = zip(*held_out_prompts(config.data, size, evaluation.prompts, config.seed), strict=True)
     resources = {"CPU": evaluation.num_cpus, "GPU": evaluation.num_gpus}
     pool = RolloutPool(sampling_spec(config, str(policy)), 1, resources, evaluation.start_timeout_s)
 
+    sampled = 0
+
+    async def sample_one(prompt: Prompt) -> Group:
+        nonlocal sampled
+        group = await pool.generate(prompt)
+        sampled += 1
+        progress.stage(stage, sampled, len(prompts))
+        return group
+
     async def sample() -> list[Group]:
-        return list(await asyncio.gather(*map(pool.generate, prompts)))
+        return list(await asyncio.gather(*map(sample_one, prompts)))
 
     try:
+        lookout.rollout = "starts"
         pool.start()
+        lookout.rollout = "samples"
         groups = asyncio.run(sample())
+        lookout.rollout = "done"
     finally:
         pool.stop()
     _show(run, groups, targets)
