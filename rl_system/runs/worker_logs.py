@@ -1,12 +1,14 @@
 """The logs of a run's worker processes: JSON lines in Ray's own files, each with the run's name.
 
-Ray writes what a worker says into ``SESSION/logs/worker-*.err`` of its node, where log collectors look. Its JSON has
-job, node, worker, actor and task of each line, and what a call gives in ``extra``.
+Ray writes what a worker says into ``SESSION/logs/worker-*.err`` of its node, Ray Train what a learner rank says into
+``train/ray-train-app-worker-*.log`` beside it, Serve the requests of a replica into ``serve/replica_*.log``. Their JSON
+has node, worker and actor or replica of each line, and what a call gives in ``extra``.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +16,13 @@ from ray import LoggingConfig
 
 from rl_system.runs.logs import OURS
 
+RUN_VARIABLE = "RL_SYSTEM_RUN"
+"""Name of the run in the environment of its reward replicas, which Serve may start for a later job than its own."""
 
-class OfRun(logging.Filter):
-    """All of our own and of Ray's, of others warnings and errors; each with ``run``."""
 
-    def __init__(self, run: str) -> None:
-        super().__init__()
-        self._run = run
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether it is written."""
-        record.run = self._run
-        return record.levelno >= logging.WARNING or record.name.partition(".")[0] in (*OURS, "ray")
+def of_interest(record: logging.LogRecord) -> bool:
+    """All of our own and of Ray's, of others warnings and errors."""
+    return record.levelno >= logging.WARNING or record.name.partition(".")[0] in (*OURS, "ray")
 
 
 @dataclass
@@ -35,7 +32,15 @@ class _InWorkers(LoggingConfig):
     def _apply(self) -> None:
         super()._apply()
         for handler in {*logging.getLogger().handlers, *logging.getLogger("ray").handlers}:
-            handler.addFilter(OfRun(self.run))
+            handler.addFilter(of_interest)
+        make, run = logging.getLogRecordFactory(), os.environ.get(RUN_VARIABLE, self.run)
+
+        def with_run(*arguments: Any, **named: Any) -> logging.LogRecord:
+            record = make(*arguments, **named)
+            record.run = run
+            return record
+
+        logging.setLogRecordFactory(with_run)  # Train and Serve put handlers of their own in place of these
 
 
 @dataclass

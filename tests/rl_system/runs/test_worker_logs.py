@@ -16,10 +16,12 @@ pytestmark = pytest.mark.unit
 
 @pytest.fixture
 def root():
-    """The root logger, and Ray's, as they were before, afterwards."""
+    """The root logger; afterwards it, Ray's and the making of records are as before."""
     loggers = [logging.getLogger(), logging.getLogger("ray")]
     before = [(logger.level, logger.handlers[:], logger.propagate) for logger in loggers]
+    factory = logging.getLogRecordFactory()
     yield loggers[0]
+    logging.setLogRecordFactory(factory)
     for logger, (level, handlers, propagate) in zip(loggers, before, strict=True):
         logger.setLevel(level)
         logger.handlers[:] = handlers
