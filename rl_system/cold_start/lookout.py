@@ -10,54 +10,39 @@ from rl_system.runs.directory import RunDirectory
 from rl_system.runs.live import EVERY_S, LiveState, Process, write_live
 from rl_system.runs.progress import Progress
 
+TRAINING, SAMPLER_STARTS, SAMPLING = "training", "starting a rollout actor", "sampling held-out chains"
+"""Stages; before the first of them the learner starts."""
 
-class Lookout:
-    """Sees the two parts of a cold start; the attributes are set by the run.
 
-    Args:
-        progress: knows the stage.
-        steps: to train.
+def live_state(progress: Progress) -> LiveState:
+    """The learner and, once it is done, the actor that samples, by the stage that ``progress`` shows."""
+    stage, done, total = progress.now
+    if stage == TRAINING:
+        doing = "writes the policy" if done == total else f"step {done + 1}"
+        learner = Process("learner", "trains", doing, done)
+        return LiveState(stage, done, total, done, total or 0, [learner])
+    if stage == SAMPLER_STARTS:
+        return LiveState(stage, processes=[Process("learner", "done"), Process("rollout 0", "starts")])
+    if stage == SAMPLING:
+        rollout = Process("rollout 0", "done" if done == total else "samples", f"{done} of {total} chains")
+        return LiveState(stage, done, total, processes=[Process("learner", "done"), rollout])
+    return LiveState(stage, processes=[Process("learner", "starts")])
 
-    Attributes:
-        step: trained; None until the learner is up.
-        rollout: state of the actor that samples the held-out chains; empty before there is one.
-    """
 
-    def __init__(self, progress: Progress, steps: int) -> None:
-        self._progress = progress
-        self._steps = steps
-        self.step: int | None = None
-        self.rollout = ""
+@contextmanager
+def live_file(run: RunDirectory, progress: Progress) -> Iterator[None]:
+    """Replace ``live.json`` once a second from a thread of its own until the block ends; then a last time."""
+    ended = threading.Event()
 
-    def state(self) -> LiveState:
-        """Now."""
-        stage, done, total = self._progress.now
-        rows = [self._learner()]
-        if self.rollout:
-            rows.append(Process("rollout 0", self.rollout))
-        return LiveState(stage, done, total, self.step or 0, self._steps, rows)
+    def keep_writing() -> None:
+        while not ended.wait(EVERY_S):
+            write_live(run, live_state(progress))
 
-    def _learner(self) -> Process:
-        if self.step is None:
-            return Process("learner", "starts")
-        if self.step >= self._steps or self.rollout:
-            return Process("learner", "done", "", self.step)
-        return Process("learner", "trains", f"step {self.step + 1}", self.step)
-
-    @contextmanager
-    def written(self, run: RunDirectory) -> Iterator[None]:
-        """Replace ``live.json`` once a second from a thread of its own until the block ends; then a last time."""
-        ended = threading.Event()
-
-        def keep_writing() -> None:
-            while not ended.wait(EVERY_S):
-                write_live(run, self.state())
-
-        thread = threading.Thread(target=keep_writing, name="live.json", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-            write_live(run, self.state())
+    thread = threading.Thread(target=keep_writing, name="live.json", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        write_live(run, live_state(progress))

@@ -18,7 +18,7 @@ from learners.protocols import LearnerStart
 from learners.spec import LearnerSpec
 from rl_system.cold_start.data import PreparedExamples, held_out_prompts
 from rl_system.cold_start.desk import Desk, DeskLine
-from rl_system.cold_start.lookout import Lookout
+from rl_system.cold_start.lookout import SAMPLER_STARTS, SAMPLING, TRAINING
 from rl_system.cold_start.settings import ColdStartConfig, sampling_spec
 from rl_system.coordination.experience_queue import StepReport
 from rl_system.runs.directory import RunDirectory, RunStopped
@@ -54,9 +54,7 @@ def random_start(config: ColdStartConfig, run: RunDirectory) -> str:
     return str(directory)
 
 
-def train(
-    config: ColdStartConfig, spec: LearnerSpec, run: RunDirectory, progress: Progress, lookout: Lookout
-) -> LearnerResult:
+def train(config: ColdStartConfig, spec: LearnerSpec, run: RunDirectory, progress: Progress) -> LearnerResult:
     """Train to the last step; metrics go to the run's sinks.
 
     Raises:
@@ -88,7 +86,7 @@ def train(
     try:
         progress.stage("starting the learner")
         group.start()
-        _follow(group, desk, spec, run, progress, lookout)
+        _follow(group, desk, spec, run, progress)
         result = group.result()
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -97,9 +95,7 @@ def train(
     return result
 
 
-def _follow(
-    group: ColdStartGroup, desk: Any, spec: LearnerSpec, run: RunDirectory, progress: Progress, lookout: Lookout
-) -> None:
+def _follow(group: ColdStartGroup, desk: Any, spec: LearnerSpec, run: RunDirectory, progress: Progress) -> None:
     """Log every step until the group has ended and its last report is read."""
     sink, last = None, 0
     try:
@@ -116,10 +112,9 @@ def _follow(
                 if sink is not None:
                     sink.close()
                 sink, last = open_sinks(run, event.step, PrometheusSink(run.name)), event.step
-                lookout.step = last
-                progress.stage("training")
+                progress.stage(TRAINING, last, spec.steps)
             elif isinstance(event, StepReport) and sink is not None and event.step > last:
-                last = lookout.step = event.step
+                last = event.step
                 sink.log(event.step, event.metrics)
                 progress.update(event.step, spec.steps, event.metrics, {})
     finally:
@@ -127,17 +122,14 @@ def _follow(
             sink.close()
 
 
-def evaluate(
-    config: ColdStartConfig, policy: Path, run: RunDirectory, progress: Progress, lookout: Lookout
-) -> dict[str, float | None]:
+def evaluate(config: ColdStartConfig, policy: Path, run: RunDirectory, progress: Progress) -> dict[str, float | None]:
     """Sample one chain of each held-out question by vLLM.
 
     Returns:
         ``prompts``; ``format_rate``; ``degradation_accuracy``, components that are right; ``image_rate``, chains with a
         final image; ``psnr``, its mean PSNR in dB (None without any). Pictures of some go to ``evaluation/``.
     """
-    stage = "sampling held-out chains"
-    progress.stage(stage)
+    progress.stage(SAMPLER_STARTS)
     evaluation = config.evaluation
     size = Family.from_pretrained(policy).layout.full_size
     prompts, targets = zip(*held_out_prompts(config.data, size, evaluation.prompts, config.seed), strict=True)
@@ -150,18 +142,16 @@ def evaluate(
         nonlocal sampled
         group = await pool.generate(prompt)
         sampled += 1
-        progress.stage(stage, sampled, len(prompts))
+        progress.stage(SAMPLING, sampled, len(prompts))
         return group
 
     async def sample() -> list[Group]:
         return list(await asyncio.gather(*map(sample_one, prompts)))
 
     try:
-        lookout.rollout = "starts"
         pool.start()
-        lookout.rollout = "samples"
+        progress.stage(SAMPLING, 0, len(prompts))
         groups = asyncio.run(sample())
-        lookout.rollout = "done"
     finally:
         pool.stop()
     _show(run, groups, targets)

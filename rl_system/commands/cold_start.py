@@ -52,7 +52,7 @@ def _execute(config: ColdStartConfig, spec: LearnerSpec, run: RunDirectory) -> d
 
     import ray
 
-    from rl_system.cold_start.lookout import Lookout
+    from rl_system.cold_start.lookout import live_file
     from rl_system.cold_start.run import evaluate, random_start, train
     from rl_system.runs.attempt import note_attempt
     from rl_system.runs.files import write_json
@@ -60,16 +60,16 @@ def _execute(config: ColdStartConfig, spec: LearnerSpec, run: RunDirectory) -> d
     from rl_system.runs.sinks import read_metrics
 
     began = time.time()
-    with Progress() as progress, (lookout := Lookout(progress, spec.steps)).written(run):
+    with Progress() as progress, live_file(run, progress):
         if config.policy.random:
             progress.stage("making random weights")
             spec = replace(spec, policy_path=random_start(config, run))
         progress.stage("starting Ray")
         note_attempt(run, connect(config.cluster, config.evaluation.start_timeout_s, config.name))
         try:
-            result = train(config, spec, run, progress, lookout)
+            result = train(config, spec, run, progress)
             trained_s = time.time() - began
-            figures = evaluate(config, result.policy_path, run, progress, lookout)
+            figures = evaluate(config, result.policy_path, run, progress)
         finally:
             ray.shutdown()
     last = read_metrics(run.metrics)[-1].values

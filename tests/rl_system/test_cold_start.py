@@ -17,7 +17,7 @@ from rich.console import Console
 
 from rl_system.cold_start import settings
 from rl_system.cold_start.data import PreparedExamples, held_out_prompts
-from rl_system.cold_start.lookout import Lookout
+from rl_system.cold_start.lookout import SAMPLER_STARTS, SAMPLING, TRAINING, live_file, live_state
 from rl_system.commands.main import main
 from rl_system.data.prepared import PreparedData
 from rl_system.data.rows import prepared_splits
@@ -110,22 +110,27 @@ def test_held_out_questions_have_their_own_targets(prepared):
 def test_the_live_table_names_both_parts_and_what_they_do(tmp_path):
     run = RunDirectory.create(str(tmp_path), "cold", "seed: 0\n", overwrite=False)
     seen = []
-    with Progress(Console(file=io.StringIO())) as progress:
-        lookout = Lookout(progress, steps=3)
-        with lookout.written(run):
-            for step, rollout in ((None, ""), (0, ""), (2, ""), (3, ""), (3, "samples")):
-                lookout.step, lookout.rollout = step, rollout
-                seen.append([(p.name, p.state, p.doing) for p in lookout.state().processes])
-    assert [rows[0] for rows in seen] == [
-        ("learner", "starts", ""),
-        ("learner", "trains", "step 1"),
-        ("learner", "trains", "step 3"),
-        ("learner", "done", ""),
-        ("learner", "done", ""),
+    with Progress(Console(file=io.StringIO())) as progress, live_file(run, progress):
+        for stage in (
+            ("starting the learner",),
+            (TRAINING, 2, 3),
+            (SAMPLER_STARTS,),
+            (SAMPLING, 0, 2),
+            (SAMPLING, 2, 2),
+        ):
+            progress.stage(*stage)
+            seen.append([f"{p.name} {p.state} {p.doing}".strip() for p in live_state(progress).processes])
+        progress.stage(TRAINING)
+        progress.update(5, 5, {}, {})
+    assert seen == [
+        ["learner starts"],
+        ["learner trains step 3"],
+        ["learner done", "rollout 0 starts"],
+        ["learner done", "rollout 0 samples 0 of 2 chains"],
+        ["learner done", "rollout 0 done 2 of 2 chains"],
     ]
-    assert [rows[1:] for rows in seen] == [[], [], [], [], [("rollout 0", "samples", "")]]
     last = read_live(run)
-    assert (last.step, last.steps, last.processes[1].state) == (3, 3, "samples")
+    assert (last.step, last.steps, last.processes[0].doing) == (5, 5, "writes the policy")
 
 
 @pytest.mark.unit
@@ -167,7 +172,7 @@ def test_a_run_is_stopped_goes_on_and_its_policy_is_one(tmp_path, prepared):
     run = tmp_path / "cold"
     live = read_live(RunDirectory.open(run))
     assert [(p.name, p.state) for p in live.processes] == [("learner", "done"), ("rollout 0", "done")]
-    assert live.step == live.steps and live.done == live.total
+    assert live.done == live.total == 2
     summary = json.loads((run / "summary.json").read_text())
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == list(range(1, summary["steps"] + 1))
