@@ -9,6 +9,7 @@ request and by nothing else (prompts of different images share only a few ids an
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 import uuid
@@ -28,6 +29,7 @@ from vlcot.groups import Group, Prompt, VersionSpan
 from vlcot.policy.family import Family
 from vlcot.weights import Bucket
 
+LOG = logging.getLogger(__name__)
 KV_BLOCK = 32
 """Ids per key/value block: vLLM's CPU attention wants multiples of 32; small, so that short prompts are shared."""
 
@@ -173,6 +175,7 @@ class RolloutActor:
         self._totals["tokens"] += sum(len(sample.ids) for sample in samples)
         self._totals["groups"] += 1
         self._totals["cached_prompt_tokens"] += output.num_cached_tokens or 0
+        LOG.info("%s: generated %d samples", self.name, len(samples), extra={"group_id": prompt.group_id})
         return Group(prompt, samples, time.perf_counter() - started, self.name)
 
     async def _run(self, prompt: Prompt, decoding: Decoding) -> Any:
@@ -300,6 +303,7 @@ class RolloutActor:
         await self._engine.resume_generation()
         done = time.perf_counter()
         self._totals["paused_s"] += done - started
+        LOG.info("%s: loaded weights in %.2f s", self.name, done - started, extra={"step": push.version})
         return {"pause": paused - started, "load": resuming - paused, "resume": done - resuming}
 
     async def catch_up(self, push: StoredPush) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from learners.grpo_step import grpo_step
 from learners.protocols import LearnerStart, LoopConfig
 from learners.publisher import Publisher
 from learners.spec import LearnerSpec
+
+LOG = logging.getLogger(__name__)
 
 
 def train_loop(config: dict[str, Any]) -> int:
@@ -54,6 +57,7 @@ def train_loop(config: dict[str, Any]) -> int:
         metrics |= publisher.push(done + 1, loop.sink)
         metrics |= {"time/wait_batch": waited, "time/learner_step": time.perf_counter() - started}
         done += 1
+        LOG.info("trained and pushed in %.2f s", metrics["time/learner_step"], extra={"step": done})
         if leader:
             loop.progress.report(done, metrics)
         if done % spec.checkpoint_every == 0 or ray.train.get_preemption_info() is not None:

@@ -91,6 +91,7 @@ class RewardAppSpec:
             "health_check_timeout_s": self.health_check_timeout_s,
             "graceful_shutdown_timeout_s": self.graceful_shutdown_timeout_s,
             "user_config": dict(self.user_config),
+            "logging_config": {"encoding": "JSON"},
         }
 
 

@@ -292,6 +292,8 @@ def process_environment(config: VisualExpertConfig) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         # With one rank the engine's process works itself, as on a GPU; else the CPU platform starts another for that.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # It would close the handlers that are there: Serve's log of requests ends, and its buffer grows instead.
+        "VLLM_CONFIGURE_LOGGING": "0",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
     }

@@ -12,11 +12,19 @@ from collections.abc import Callable
 from ray.serve import Application
 
 from reward_servers.client import GROUNDED_SAM, IQA, QWEN_VL
-from reward_servers.deploy import custom_app, grounded_sam_app, iqa_app, visual_expert_app
+from reward_servers.deploy import (
+    RewardAppSpec,
+    custom_app,
+    grounded_sam_app,
+    iqa_app,
+    visual_expert_app,
+    with_environment,
+)
 from rl_system import assembly
 from rl_system.config.compose import load_config
 from rl_system.config.schema import TrainConfig
 from rl_system.config.servers import own_servers
+from rl_system.runs.worker_logs import RUN_VARIABLE
 
 
 def applications(config: TrainConfig) -> dict[str, Application]:
@@ -47,20 +55,24 @@ def _config(args: dict[str, str]) -> TrainConfig:
 
 
 def _detector(config: TrainConfig) -> Application:
-    return grounded_sam_app(assembly.detector_config(config), assembly.detector_app(config))
+    return grounded_sam_app(assembly.detector_config(config), _of_run(config, GROUNDED_SAM))
 
 
 def _expert(config: TrainConfig) -> Application:
-    return visual_expert_app(assembly.expert_config(config), assembly.expert_app(config))
+    return visual_expert_app(assembly.expert_config(config), _of_run(config, QWEN_VL))
 
 
 def _metrics(config: TrainConfig) -> Application:
-    return iqa_app(assembly.iqa_config(config), assembly.iqa_app(config))
+    return iqa_app(assembly.iqa_config(config), _of_run(config, IQA))
 
 
 def _extra(config: TrainConfig, name: str) -> Application:
     extra = config.reward.extra[name]
-    return custom_app(extra.target, extra.options, assembly.app_spec(config, name))
+    return custom_app(extra.target, extra.options, _of_run(config, name))
+
+
+def _of_run(config: TrainConfig, name: str) -> RewardAppSpec:
+    return with_environment(assembly.app_spec(config, name), {RUN_VARIABLE: config.name})
 
 
 _BUILD: dict[str, Callable[[TrainConfig], Application]] = {GROUNDED_SAM: _detector, QWEN_VL: _expert, IQA: _metrics}

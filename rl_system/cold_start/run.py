@@ -18,6 +18,7 @@ from learners.protocols import LearnerStart
 from learners.spec import LearnerSpec
 from rl_system.cold_start.data import PreparedExamples, held_out_prompts
 from rl_system.cold_start.desk import Desk, DeskLine
+from rl_system.cold_start.lookout import SAMPLER_STARTS, SAMPLING, TRAINING
 from rl_system.cold_start.settings import ColdStartConfig, sampling_spec
 from rl_system.coordination.experience_queue import StepReport
 from rl_system.runs.directory import RunDirectory, RunStopped
@@ -25,7 +26,7 @@ from rl_system.runs.pictures import write_chain_pictures, write_png
 from rl_system.runs.progress import Progress
 from rl_system.runs.sinks import PrometheusSink, open_sinks
 from vlcot import metrics
-from vlcot.groups import Group
+from vlcot.groups import Group, Prompt
 from vlcot.policy.family import Family
 from vlcot.rewards import degradation_reward, format_reward
 
@@ -111,7 +112,7 @@ def _follow(group: ColdStartGroup, desk: Any, spec: LearnerSpec, run: RunDirecto
                 if sink is not None:
                     sink.close()
                 sink, last = open_sinks(run, event.step, PrometheusSink(run.name)), event.step
-                progress.stage("training")
+                progress.stage(TRAINING, last, spec.steps)
             elif isinstance(event, StepReport) and sink is not None and event.step > last:
                 last = event.step
                 sink.log(event.step, event.metrics)
@@ -128,18 +129,28 @@ def evaluate(config: ColdStartConfig, policy: Path, run: RunDirectory, progress:
         ``prompts``; ``format_rate``; ``degradation_accuracy``, components that are right; ``image_rate``, chains with a
         final image; ``psnr``, its mean PSNR in dB (None without any). Pictures of some go to ``evaluation/``.
     """
-    progress.stage("sampling held-out chains")
+    progress.stage(SAMPLER_STARTS)
     evaluation = config.evaluation
     size = Family.from_pretrained(policy).layout.full_size
     prompts, targets = zip(*held_out_prompts(config.data, size, evaluation.prompts, config.seed), strict=True)
     resources = {"CPU": evaluation.num_cpus, "GPU": evaluation.num_gpus}
     pool = RolloutPool(sampling_spec(config, str(policy)), 1, resources, evaluation.start_timeout_s)
 
+    sampled = 0
+
+    async def sample_one(prompt: Prompt) -> Group:
+        nonlocal sampled
+        group = await pool.generate(prompt)
+        sampled += 1
+        progress.stage(SAMPLING, sampled, len(prompts))
+        return group
+
     async def sample() -> list[Group]:
-        return list(await asyncio.gather(*map(pool.generate, prompts)))
+        return list(await asyncio.gather(*map(sample_one, prompts)))
 
     try:
         pool.start()
+        progress.stage(SAMPLING, 0, len(prompts))
         groups = asyncio.run(sample())
     finally:
         pool.stop()

@@ -103,16 +103,19 @@ def guarded(
         claim.close()
 
 
-def connect(cluster: ClusterSettings, start_timeout_s: float) -> Any:
+def connect(cluster: ClusterSettings, start_timeout_s: float, run: str) -> Any:
     """Start Ray or join the cluster; a second call returns the context of the first.
 
     Args:
         start_timeout_s: that Ray Train waits for its workers.
+        run: name that the workers' logs have.
 
     Raises:
         ConnectionError: there is no cluster to join.
     """
     import ray
+
+    from rl_system.runs.worker_logs import WorkerLogs
 
     local = cluster.address == "local"
     os.environ.setdefault("RAY_AUTH_MODE", "disabled" if local else "token")
@@ -130,4 +133,5 @@ def connect(cluster: ClusterSettings, start_timeout_s: float) -> Any:
         include_dashboard=False if local else None,
         ignore_reinit_error=True,
         log_to_driver=False,
+        logging_config=WorkerLogs(run=run),
     )

@@ -36,7 +36,7 @@ def run(overrides: list[str]) -> int:
         rows = check_layout(config.data, Family.from_pretrained(config.policy.path).layout.full_size)
         spec = settings.learner_spec(config, config.policy.path, rows)
         if config.cluster.address != "local":
-            connect(config.cluster, config.evaluation.start_timeout_s)
+            connect(config.cluster, config.evaluation.start_timeout_s, config.name)
         directory, claim, _ = claimed_run(config, text, existing)
     except (ValueError, ConnectionError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
@@ -52,6 +52,7 @@ def _execute(config: ColdStartConfig, spec: LearnerSpec, run: RunDirectory) -> d
 
     import ray
 
+    from rl_system.cold_start.lookout import live_file
     from rl_system.cold_start.run import evaluate, random_start, train
     from rl_system.runs.attempt import note_attempt
     from rl_system.runs.files import write_json
@@ -59,12 +60,12 @@ def _execute(config: ColdStartConfig, spec: LearnerSpec, run: RunDirectory) -> d
     from rl_system.runs.sinks import read_metrics
 
     began = time.time()
-    with Progress() as progress:
+    with Progress() as progress, live_file(run, progress):
         if config.policy.random:
             progress.stage("making random weights")
             spec = replace(spec, policy_path=random_start(config, run))
         progress.stage("starting Ray")
-        note_attempt(run, connect(config.cluster, config.evaluation.start_timeout_s))
+        note_attempt(run, connect(config.cluster, config.evaluation.start_timeout_s, config.name))
         try:
             result = train(config, spec, run, progress)
             trained_s = time.time() - began

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 from rl_system.commands import exit_codes
+from rl_system.commands.closed_pipe import replace_stdout
 
 COMMANDS = {
     "train": "train VLCoT-GRPO: rl-system train experiment=toy [KEY=VALUE ...]",
@@ -28,8 +29,25 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Dispatch to ``rl_system.commands.NAME.run``; returns the exit code."""
-    args = sys.argv[1:] if argv is None else argv
+    """Dispatch to ``rl_system.commands.NAME.run``; returns the exit code.
+
+    Args:
+        argv: None: of the process, whose standard output may then be closed by its reader at any time.
+    """
+    if argv is not None:
+        return _dispatch(argv)
+    output = replace_stdout()
+    try:
+        code = _dispatch(sys.argv[1:])
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        if not output.closed_by_reader:
+            raise
+        return exit_codes.INTERRUPTED
+
+
+def _dispatch(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print("usage: rl-system COMMAND ...\n\n" + "\n".join(f"  {n:<15} {text}" for n, text in COMMANDS.items()))
         return exit_codes.OK if args else exit_codes.BAD_INPUT

@@ -8,12 +8,15 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from rl_system.commands import exit_codes
+
+if TYPE_CHECKING:
+    from rl_system.config.schema import TrainConfig
 
 _DASHBOARD = "http://127.0.0.1:8265"
 _START_TIMEOUT_S = 900.0
@@ -65,23 +68,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _composed(options: argparse.Namespace) -> dict[str, Any]:
-    from rl_system.config.compose import load_config
+def _composed(options: argparse.Namespace, compose: Callable[[Sequence[str]], TrainConfig]) -> dict[str, Any]:
     from rl_system.serve_config import serve_config
 
-    return serve_config(load_config(options.overrides), options.overrides, options.host, options.port)
+    return serve_config(compose(options.overrides), options.overrides, options.host, options.port)
 
 
 def _config(options: argparse.Namespace) -> None:
-    print(yaml.safe_dump(_composed(options), sort_keys=False), end="")
+    from rl_system.config.compose import compose_config  # the checkpoints are where it will be deployed
+
+    print(yaml.safe_dump(_composed(options, compose_config), sort_keys=False, width=10_000), end="")
 
 
 def _start(options: argparse.Namespace) -> None:
     from reward_servers.http_guard import token_of_environment
+    from rl_system.config.compose import load_config
     from rl_system.serve_config import ServeCluster
 
     token_of_environment()
-    config = _composed(options)
+    config = _composed(options, load_config)
     names = [app["name"] for app in config["applications"]]
     if options.address is not None:
         cluster = ServeCluster(options.address)

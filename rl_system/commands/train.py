@@ -42,7 +42,7 @@ def _train(config: TrainConfig) -> int:
             return exit_codes.OK
         source = assembly.row_source(config)
         if config.cluster.address != "local":
-            connect(config.cluster, config.reward.start_timeout_s)  # only the cluster knows what it has
+            connect(config.cluster, config.reward.start_timeout_s, config.name)  # only the cluster knows what it has
         assembly.check_resources(config)
         run, claim, resumed = claimed_run(config, to_yaml(config), run)
     except (ValueError, ConnectionError) as error:
@@ -71,7 +71,7 @@ def _execute(config: TrainConfig, run: RunDirectory, resumed: bool, source: RowS
 
     with Progress() as progress:
         progress.stage("starting Ray")
-        context = connect(config.cluster, config.reward.start_timeout_s)
+        context = connect(config.cluster, config.reward.start_timeout_s, config.name)
         from rl_system.training import TrainingRun  # while Ray's own processes come up
 
         note_attempt(run, context)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -215,6 +215,7 @@ def _service_requests(manifest: Manifest) -> list[Request]:
         overrides = shlex.split(str((app.get("args") or {}).get("overrides", "")))
         spec = config_of[app["name"]](_composed(tuple(overrides)))
         (deployment,) = app["deployments"]
+        spec = replace(spec, ray_actor_options=deployment.get("ray_actor_options") or spec.ray_actor_options)
         scaling = deployment.get("autoscaling_config") or {}
         wanted.append(_app_request(spec, scaling.get("max_replicas") or deployment.get("num_replicas") or 1))
     return wanted

@@ -1,11 +1,14 @@
-"""KubeRay's custom resource definitions as strict JSON Schemas.
+"""KubeRay's custom resource definitions, and Kubernetes' own kinds, as strict JSON Schemas.
 
-The API server drops fields that it does not know; here they are refused. Not covered: the CRDs' CEL rules.
+The API server drops fields that it does not know; here they are refused. Not covered: the CRDs' CEL rules. The schemas
+that come with the code are packed, without texts, by ``tools/pack_schemas.py``.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
+import lzma
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,37 +19,55 @@ import yaml
 from rl_system.k8s.manifests import Manifest, Problem, pods
 
 KINDS = ("RayCluster", "RayJob", "RayService")
+VERSION = "1.7.0"
+"""Of the KubeRay whose schemas come with the code."""
+PACKED = Path(__file__).with_name(f"kuberay-{VERSION}.json.xz")
+CORE_KINDS = (
+    ("v1", "ConfigMap"),
+    ("v1", "Namespace"),
+    ("v1", "PersistentVolumeClaim"),
+    ("v1", "Service"),
+    ("apps/v1", "StatefulSet"),
+    ("batch/v1", "Job"),
+    ("networking.k8s.io/v1", "NetworkPolicy"),
+    ("policy/v1", "PodDisruptionBudget"),
+)
+"""Kinds of Kubernetes 1.33 that the manifests have."""
+CORE = Path(__file__).with_name("kubernetes-1.33.json.xz")
 _SERVER_ONLY = {"description", "format", "nullable", "example", "externalDocs"}
 
 
 class Schemas:
-    """Validators of the KubeRay kinds.
+    """Validators of the KubeRay kinds and of :data:`CORE_KINDS`.
 
     Args:
-        folder: with the CRDs as YAML, as in KubeRay's ``helm-chart/kuberay-operator/crds``.
+        folder: with the CRDs as YAML, as in KubeRay's ``helm-chart/kuberay-operator/crds``; None: those of
+            :data:`VERSION`.
 
     Raises:
         ValueError: the folder lacks one of the kinds.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._roots: dict[str, dict[str, Any]] = {}
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        for file in sorted(folder.glob("*.yaml")):
-            crd = yaml.load(file.read_text(), Loader=loader)
-            if isinstance(crd, dict) and crd.get("kind") == "CustomResourceDefinition":
-                (version,) = (v for v in crd["spec"]["versions"] if v["name"] == "v1")
-                self._roots[crd["spec"]["names"]["kind"]] = version["schema"]["openAPIV3Schema"]
-        missing = [kind for kind in KINDS if kind not in self._roots]
-        if missing:
-            raise ValueError(f"--crds {folder}: no CRD of {', '.join(missing)} there (ray.io_*.yaml of KubeRay)")
+    def __init__(self, folder: Path | None = None) -> None:
+        self._roots: dict[str, dict[str, Any]] = _unpacked(PACKED) if folder is None else read_crds(folder)
         self._validators = {kind: _validator(root) for kind, root in self._roots.items()}
         cluster = self._roots["RayCluster"]["properties"]["spec"]["properties"]
         self._pod = _validator(cluster["headGroupSpec"]["properties"]["template"])
+        core = _unpacked(CORE)
+        self._core = {
+            kind: jsonschema.Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": core["$defs"]})
+            for kind, name in core["kinds"].items()
+        }
 
     def problems(self, manifests: list[Manifest]) -> Iterator[Problem]:
         """Everything that the API server would refuse or silently drop."""
+        yield from dict.fromkeys(self._found(manifests))  # a pod's schema and its owner's may say the same
+
+    def _found(self, manifests: list[Manifest]) -> Iterator[Problem]:
         for manifest in manifests:
+            if core := self._core.get(f"{manifest.doc.get('apiVersion')}/{manifest.kind}"):
+                for error in core.iter_errors(manifest.doc):
+                    yield _problem(manifest, "", error)
             if validator := self._validators.get(manifest.kind):
                 for error in validator.iter_errors(manifest.doc):
                     yield _problem(manifest, "", error)
@@ -56,6 +77,29 @@ class Schemas:
             if pod.manifest.kind not in self._validators:  # those are covered above
                 for error in self._pod.iter_errors(pod.template):
                     yield _problem(pod.manifest, pod.path, error)
+
+
+def _unpacked(file: Path) -> dict[str, Any]:
+    return json.loads(lzma.decompress(file.read_bytes()))  # type: ignore[no-any-return]
+
+
+def read_crds(folder: Path) -> dict[str, dict[str, Any]]:
+    """Kind -> schema of its version v1.
+
+    Raises:
+        ValueError: the folder lacks one of the kinds.
+    """
+    roots = {}
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    for file in sorted(folder.glob("*.yaml")):
+        crd = yaml.load(file.read_text(), Loader=loader)
+        if isinstance(crd, dict) and crd.get("kind") == "CustomResourceDefinition":
+            (version,) = (v for v in crd["spec"]["versions"] if v["name"] == "v1")
+            roots[crd["spec"]["names"]["kind"]] = version["schema"]["openAPIV3Schema"]
+    missing = [kind for kind in KINDS if kind not in roots]
+    if missing:
+        raise ValueError(f"--crds {folder}: no CRD of {', '.join(missing)} there (ray.io_*.yaml of KubeRay)")
+    return roots
 
 
 def _validator(root: dict[str, Any]) -> Any:
@@ -100,14 +144,20 @@ def _problem(manifest: Manifest, prefix: str, error: jsonschema.ValidationError)
     if error.validator == "required":
         return manifest.problem(path, error.message, "add the field")
     if error.validator == "type":
-        return manifest.problem(path, f"{error.instance!r} is no {error.validator_value}", _quote_hint(error))
+        wanted = _wanted_type(error)
+        return manifest.problem(path, f"{error.instance!r} is no {wanted}", _quote_hint(error.instance, wanted))
     return manifest.problem(path, error.message[:200], f"allowed: {str(error.validator_value)[:120]}")
 
 
-def _quote_hint(error: jsonschema.ValidationError) -> str:
-    if error.validator_value == "string" and not isinstance(error.instance, dict | list):
-        return f'write it in quotes: "{error.instance}"'
-    return f"write a value of type {error.validator_value}"
+def _wanted_type(error: jsonschema.ValidationError) -> str:
+    given = error.validator_value
+    return given if isinstance(given, str) else " or ".join(name for name in given if name != "null")
+
+
+def _quote_hint(value: Any, wanted: str) -> str:
+    if wanted == "string" and not isinstance(value, dict | list):
+        return f'write it in quotes: "{value}"'
+    return f"write a value of type {wanted}"
 
 
 def _duplicates(schema: dict[str, Any], value: Any, path: str = "") -> Iterator[tuple[str, str]]:

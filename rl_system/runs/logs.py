@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 from rl_system.runs.directory import RunDirectory, RunStopped
 
-_OURS = ("rl_system", "actors", "reward_servers", "learners")
+OURS = ("rl_system", "actors", "reward_servers", "learners")
 _FIELDS = ("step", "group_id")
 """What a call may give in ``extra``."""
 
@@ -28,7 +28,7 @@ class JsonFile(logging.FileHandler):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """All of our own; of others warnings and errors."""
-        return record.levelno >= logging.WARNING or record.name.partition(".")[0] in _OURS
+        return record.levelno >= logging.WARNING or record.name.partition(".")[0] in OURS
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
@@ -52,7 +52,7 @@ def driver_log(run: RunDirectory) -> Iterator[None]:
     An exception that leaves the block is logged with its traceback.
     """
     handler = JsonFile(run)
-    ours = [logging.getLogger(name) for name in _OURS]
+    ours = [logging.getLogger(name) for name in OURS]
     levels = [logger.level for logger in ours]
     loggers = [*ours, logging.getLogger("ray")]
     for logger in loggers:

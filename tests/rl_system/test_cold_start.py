@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -12,15 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from rl_system.cold_start import settings
 from rl_system.cold_start.data import PreparedExamples, held_out_prompts
+from rl_system.cold_start.lookout import SAMPLER_STARTS, SAMPLING, TRAINING, live_file, live_state
 from rl_system.commands.main import main
 from rl_system.data.prepared import PreparedData
 from rl_system.data.rows import prepared_splits
 from rl_system.preparation import pipeline
 from rl_system.preparation import settings as preparation
 from rl_system.preparation.shards import ShardWriter
+from rl_system.runs.directory import RunDirectory
+from rl_system.runs.live import read_live
+from rl_system.runs.progress import Progress
 from toy.export_photographs import export
 from vlcot.policy.family import Family
 
@@ -101,6 +107,33 @@ def test_held_out_questions_have_their_own_targets(prepared):
 
 
 @pytest.mark.unit
+def test_the_live_table_names_both_parts_and_what_they_do(tmp_path):
+    run = RunDirectory.create(str(tmp_path), "cold", "seed: 0\n", overwrite=False)
+    seen = []
+    with Progress(Console(file=io.StringIO())) as progress, live_file(run, progress):
+        for stage in (
+            ("starting the learner",),
+            (TRAINING, 2, 3),
+            (SAMPLER_STARTS,),
+            (SAMPLING, 0, 2),
+            (SAMPLING, 2, 2),
+        ):
+            progress.stage(*stage)
+            seen.append([f"{p.name} {p.state} {p.doing}".strip() for p in live_state(progress).processes])
+        progress.stage(TRAINING)
+        progress.update(5, 5, {}, {})
+    assert seen == [
+        ["learner starts"],
+        ["learner trains step 3"],
+        ["learner done", "rollout 0 starts"],
+        ["learner done", "rollout 0 samples 0 of 2 chains"],
+        ["learner done", "rollout 0 done 2 of 2 chains"],
+    ]
+    last = read_live(run)
+    assert (last.step, last.steps, last.processes[0].doing) == (5, 5, "writes the policy")
+
+
+@pytest.mark.unit
 @pytest.mark.parametrize(("recipe", "last"), [("paper", 0.0), ("authors", 2e-5)])
 def test_the_published_recipes_have_their_schedule(tmp_path, monkeypatch, recipe, last):
     (tmp_path / "policy").symlink_to(ROOT / "toy/weights/policy")
@@ -137,6 +170,9 @@ def test_a_run_is_stopped_goes_on_and_its_policy_is_one(tmp_path, prepared):
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output[-4000:]
     run = tmp_path / "cold"
+    live = read_live(RunDirectory.open(run))
+    assert [(p.name, p.state) for p in live.processes] == [("learner", "done"), ("rollout 0", "done")]
+    assert live.done == live.total == 2
     summary = json.loads((run / "summary.json").read_text())
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == list(range(1, summary["steps"] + 1))

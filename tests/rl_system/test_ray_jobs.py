@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import secrets
-import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import time
-import urllib.error
-import urllib.request
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import yaml
 from ray._private.ray_constants import RAY_RUNTIME_ENV_DEFAULT_EXCLUDES
@@ -30,12 +19,11 @@ from ray._private.runtime_env.packaging import create_package
 
 from rl_system.commands.attempts import existing_run
 from rl_system.config.compose import CONFIG_DIR
-from tests.processes import alive
+from tests.ray_nodes import BIN, HeadNode, head_node, wait_for
 
 ROOT = CONFIG_DIR.parent
 RUNTIME_ENV = ROOT / "k8s/runtime-env.yaml"
 STEPS, GROUPS = 8, 2
-BIN = Path(sys.executable).parent
 
 
 @pytest.mark.unit
@@ -69,103 +57,30 @@ def test_a_run_inside_of_the_upload_is_refused(tmp_path, monkeypatch):
     assert existing_run(settings, "seed: 0\n") is None
 
 
-@dataclass
-class HeadNode:
-    """A cluster of one node, of its own: token, ports and temporary folder."""
+def ready_to_stop(head: HeadNode, name: str, cwd: Path) -> subprocess.Popen[str]:
+    """`ray job stop`, once a line comes."""
+    environment = head.environment | {"RAY_API_SERVER_ADDRESS": head.url}
+    command = [sys.executable, "-c", STOP, "job", "stop", name]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, env=environment, cwd=cwd, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True
+    )
 
-    process: subprocess.Popen[bytes]
-    url: str
-    environment: dict[str, str]
 
-    def ask(self, path: str) -> dict[str, Any]:
-        token = self.environment["RAY_AUTH_TOKEN"]
-        request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {token}"})
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.loads(answer.read())
-
-    def ready_to_stop(self, name: str, cwd: Path) -> subprocess.Popen[str]:
-        """`ray job stop`, once a line comes."""
-        environment = self.environment | {"RAY_API_SERVER_ADDRESS": self.url}
-        command = [sys.executable, "-c", STOP, "job", "stop", name]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            command, env=environment, cwd=cwd, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True
-        )
-
-    def job(self, *arguments: str, cwd: Path, **changed: str) -> subprocess.CompletedProcess[str]:
-        environment = self.environment | {"RAY_API_SERVER_ADDRESS": self.url} | changed
-        command = [str(BIN / "ray"), "job", *arguments]
-        return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=300)
+def job(head: HeadNode, *arguments: str, cwd: Path, **changed: str) -> subprocess.CompletedProcess[str]:
+    environment = head.environment | {"RAY_API_SERVER_ADDRESS": head.url} | changed
+    command = [str(BIN / "ray"), "job", *arguments]
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 STOP = "import sys; from ray.scripts.scripts import cli; sys.stdin.readline(); cli(sys.argv[1:])"
 """The command line `ray`, which imports for seconds, ready to act at once: the steps of the toy are as short."""
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
 @pytest.fixture
 def head(tmp_path):
-    folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # sockets have short paths
-    port, dashboard, agent, client = free_ports(4)
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
-    environment |= {
-        "PATH": f"{BIN}:{os.environ['PATH']}",  # where the job finds `python`
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-    }
-    address = ["--node-ip-address=127.0.0.1", f"--port={port}"]
-    board = ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    others = [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", f"--temp-dir={folder}"]
-    size = ["--num-cpus=8", "--disable-usage-stats"]
-    process = subprocess.Popen(
-        [str(BIN / "ray"), "start", "--head", "--block", *address, *board, *others, *size],
-        env=environment,
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    node = HeadNode(process, f"http://127.0.0.1:{dashboard}", environment)
-    try:
-        wait_for(lambda: answers(node), process, 180)
-        wait_for(lambda: listens(agent), process, 180)  # Ray refuses jobs until it does
+    with head_node(tmp_path) as node:
         yield node
-    finally:
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGTERM)
-        _, left = psutil.wait_procs([psutil.Process(process.pid), *children], timeout=15)
-        for child in left:
-            if alive(child):
-                child.kill()
-        process.wait(timeout=15)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def answers(node: HeadNode) -> bool:
-    try:
-        return bool(node.ask("/api/version"))
-    except (urllib.error.URLError, ConnectionError):
-        return False
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def wait_for(condition, process: subprocess.Popen[bytes], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert process.poll() is None, "the cluster has ended"
-        assert time.monotonic() < deadline, f"nothing for {timeout_s:.0f} s"
-        time.sleep(0.2)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -185,7 +100,8 @@ def test_a_job_is_refused_stopped_resumed_and_done_on_a_cluster_with_a_token(hea
         command = ["python", "-m", "rl_system", "train", "experiment=toy", "cluster=job", "resume=auto", "name=job"]
         size = [f"learner.steps={STEPS}", f"learner.groups_per_step={GROUPS}", "learner.warmup_steps=0"]
         size += ["evaluation.prompts=2", f"output_dir={run.parent}"]
-        return head.job(
+        return job(
+            head,
             *submission,
             *code,
             *([] if wait else ["--no-wait"]),
@@ -209,7 +125,7 @@ def test_a_job_is_refused_stopped_resumed_and_done_on_a_cluster_with_a_token(hea
     first = submit("first", wait=False)
     assert first.returncode == 0, first.stdout + first.stderr
     wait_for(run.exists, head.process, 400)
-    stop = head.ready_to_stop("first", elsewhere)
+    stop = ready_to_stop(head, "first", elsewhere)
     wait_for(lambda: lines(run / "metrics.jsonl"), head.process, 400)
     said, _ = stop.communicate("now\n", timeout=180)
     assert stop.returncode == 0 and "stopped" in said, said

@@ -120,7 +120,7 @@ def test_a_local_run_starts_its_own_ray_even_where_a_cluster_can_be_found(monkey
     asked = {}
     monkeypatch.setattr(ray, "init", lambda **options: asked.update(options))
     monkeypatch.setattr(os, "environ", os.environ | {"RAY_ADDRESS": "127.0.0.1:6379"})
-    connect(load_config(["experiment=toy"]).cluster, start_timeout_s=600)
+    connect(load_config(["experiment=toy"]).cluster, start_timeout_s=600, run="mine")
     assert canonicalize_bootstrap_address(asked["address"]) is None  # Ray's own reading of it
 
 
@@ -142,6 +142,14 @@ def start(tmp_path: Path, name: str, *overrides: str) -> subprocess.Popen:
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def worker_logs(run: Path) -> list[dict]:
+    """What actors and learner ranks of the last attempt have logged."""
+    logs = run / "logs" / "ray"
+    paths = [*logs.glob("worker-*.err"), *logs.glob("train/ray-train-app-worker-*.log")]
+    texts = [path.read_text(errors="replace") for path in paths]
+    return [json.loads(line) for text in texts for line in text.splitlines() if line.startswith('{"asctime"')]
 
 
 def ready_and_waiting(run: Path) -> set[int]:
@@ -222,6 +230,17 @@ def test_a_tiny_run_is_stopped_goes_on_and_ends_with_a_report_with_every_part_re
     assert set(summary["rewards_after"]) == {"format", "degradation", "understanding", "generation"}
     assert summary["engines"]["rollout"][0]["vllm"].startswith("0.32")
     assert summary["engines"]["learner"]["deepspeed"].startswith("0.19")
+    for server, method in (("grounded_sam", "objects"), ("qwen_vl", "judge")):
+        logs = (run / "logs" / "ray" / "serve").glob(f"replica_{server}_*.log")
+        assert any(row["run"] == "tiny" and method in row["message"] for log in logs for row in lines(log))
+    workers = worker_logs(run)
+    assert {row["run"] for row in workers} == {"tiny"}
+    trained = [row["step"] for row in workers if row["filename"] == "loop.py" and "step" in row]
+    assert sorted(trained) == sorted(2 * list(range(len(stopped) + 1, 5)))  # two ranks
+    loaded = {row["step"] for row in workers if row.get("name") == "actors.rollout_actor" and "step" in row}
+    assert loaded >= set(range(len(stopped) + 1, 5))
+    generated = {row["group_id"] for row in workers if row.get("name") == "actors.rollout_actor" and "group_id" in row}
+    assert set(rows[2 * len(stopped) :]) - {rows[order] for order in ready} <= generated
     metrics = lines(run / "metrics.jsonl")
     assert [record["step"] for record in metrics] == [1, 2, 3, 4]
     assert [record["weights/version"] for record in metrics] == [1, 2, 3, 4]
