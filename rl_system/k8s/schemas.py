@@ -1,7 +1,8 @@
-"""KubeRay's custom resource definitions, and Kubernetes' own kinds, as strict JSON Schemas.
+"""KubeRay's custom resource definitions as strict JSON Schemas.
 
 The API server drops fields that it does not know; here they are refused. Not covered: the CRDs' CEL rules. The schemas
-that come with the code are packed, without texts, by ``tools/pack_schemas.py``.
+that come with the code are those of KubeRay's CRDs (Apache-2.0) without texts and status, packed by
+``tools/pack_crds.py``.
 """
 
 from __future__ import annotations
@@ -22,23 +23,11 @@ KINDS = ("RayCluster", "RayJob", "RayService")
 VERSION = "1.7.0"
 """Of the KubeRay whose schemas come with the code."""
 PACKED = Path(__file__).with_name(f"kuberay-{VERSION}.json.xz")
-CORE_KINDS = (
-    ("v1", "ConfigMap"),
-    ("v1", "Namespace"),
-    ("v1", "PersistentVolumeClaim"),
-    ("v1", "Service"),
-    ("apps/v1", "StatefulSet"),
-    ("batch/v1", "Job"),
-    ("networking.k8s.io/v1", "NetworkPolicy"),
-    ("policy/v1", "PodDisruptionBudget"),
-)
-"""Kinds of Kubernetes 1.33 that the manifests have."""
-CORE = Path(__file__).with_name("kubernetes-1.33.json.xz")
 _SERVER_ONLY = {"description", "format", "nullable", "example", "externalDocs"}
 
 
 class Schemas:
-    """Validators of the KubeRay kinds and of :data:`CORE_KINDS`.
+    """Validators of the KubeRay kinds.
 
     Args:
         folder: with the CRDs as YAML, as in KubeRay's ``helm-chart/kuberay-operator/crds``; None: those of
@@ -49,25 +38,16 @@ class Schemas:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._roots: dict[str, dict[str, Any]] = _unpacked(PACKED) if folder is None else read_crds(folder)
+        self._roots: dict[str, dict[str, Any]] = (
+            json.loads(lzma.decompress(PACKED.read_bytes())) if folder is None else read_crds(folder)
+        )
         self._validators = {kind: _validator(root) for kind, root in self._roots.items()}
         cluster = self._roots["RayCluster"]["properties"]["spec"]["properties"]
         self._pod = _validator(cluster["headGroupSpec"]["properties"]["template"])
-        core = _unpacked(CORE)
-        self._core = {
-            kind: jsonschema.Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": core["$defs"]})
-            for kind, name in core["kinds"].items()
-        }
 
     def problems(self, manifests: list[Manifest]) -> Iterator[Problem]:
         """Everything that the API server would refuse or silently drop."""
-        yield from dict.fromkeys(self._found(manifests))  # a pod's schema and its owner's may say the same
-
-    def _found(self, manifests: list[Manifest]) -> Iterator[Problem]:
         for manifest in manifests:
-            if core := self._core.get(f"{manifest.doc.get('apiVersion')}/{manifest.kind}"):
-                for error in core.iter_errors(manifest.doc):
-                    yield _problem(manifest, "", error)
             if validator := self._validators.get(manifest.kind):
                 for error in validator.iter_errors(manifest.doc):
                     yield _problem(manifest, "", error)
@@ -77,10 +57,6 @@ class Schemas:
             if pod.manifest.kind not in self._validators:  # those are covered above
                 for error in self._pod.iter_errors(pod.template):
                     yield _problem(pod.manifest, pod.path, error)
-
-
-def _unpacked(file: Path) -> dict[str, Any]:
-    return json.loads(lzma.decompress(file.read_bytes()))  # type: ignore[no-any-return]
 
 
 def read_crds(folder: Path) -> dict[str, dict[str, Any]]:
@@ -144,20 +120,14 @@ def _problem(manifest: Manifest, prefix: str, error: jsonschema.ValidationError)
     if error.validator == "required":
         return manifest.problem(path, error.message, "add the field")
     if error.validator == "type":
-        wanted = _wanted_type(error)
-        return manifest.problem(path, f"{error.instance!r} is no {wanted}", _quote_hint(error.instance, wanted))
+        return manifest.problem(path, f"{error.instance!r} is no {error.validator_value}", _quote_hint(error))
     return manifest.problem(path, error.message[:200], f"allowed: {str(error.validator_value)[:120]}")
 
 
-def _wanted_type(error: jsonschema.ValidationError) -> str:
-    given = error.validator_value
-    return given if isinstance(given, str) else " or ".join(name for name in given if name != "null")
-
-
-def _quote_hint(value: Any, wanted: str) -> str:
-    if wanted == "string" and not isinstance(value, dict | list):
-        return f'write it in quotes: "{value}"'
-    return f"write a value of type {wanted}"
+def _quote_hint(error: jsonschema.ValidationError) -> str:
+    if error.validator_value == "string" and not isinstance(error.instance, dict | list):
+        return f'write it in quotes: "{error.instance}"'
+    return f"write a value of type {error.validator_value}"
 
 
 def _duplicates(schema: dict[str, Any], value: Any, path: str = "") -> Iterator[tuple[str, str]]:

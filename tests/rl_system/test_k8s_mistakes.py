@@ -253,20 +253,6 @@ AGAINST_CRDS = {
     "misspelt in a Job": Mistake(
         "gpu-8", "components/prefetch/job.yaml", "restartPolicy", "restartPolcy", "spec", "did you mean restartPolicy?"
     ),
-    "misspelt in a NetworkPolicy": Mistake(
-        "dev-cpu", "base/network.yaml", "podSelector: {}", "podSelectr: {}", "spec", "did you mean podSelector?"
-    ),
-    "text for a list": Mistake(
-        "dev-cpu", "base/storage.yaml", "[ReadWriteMany]", "ReadWriteMany", "spec.accessModes", "value of type array"
-    ),
-    "number for text in a Service": Mistake(
-        "prod",
-        "components/reward-service/redis.yaml",
-        "{name: redis, port: 6379",
-        "{name: 1, port: 6379",
-        "name",
-        '"1"',
-    ),
     "bad quantity": sizes("gpu-8", "48Gi", "48GiB", "limits.memory", "allowed", CLUSTER),
     "number for text": Mistake("dev-cpu", JOB, 'num-cpus: "0"', "num-cpus: 0", "num-cpus", 'quotes: "0"'),
     "claim without a name": Mistake("dev-cpu", JOB, "claimName: runs", "readOnly: true", "Claim", "add the field"),
