@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     render.add_argument("overlay", metavar="OVERLAY", help="a name in k8s/overlays, or a directory")
     check = actions.add_parser("check", help="look for mistakes; every finding names file, path and fix")
     check.add_argument("overlay", metavar="OVERLAY", nargs="?", help="a name in k8s/overlays, or a directory; all")
-    check.add_argument("--crds", metavar="DIR", type=Path, help="KubeRay's CRDs, of another version than 1.7.0")
+    check.add_argument("--crds", metavar="DIR", type=Path, help="KubeRay's CRDs, to find misspelt fields too")
     submit = actions.add_parser("submit", help="check, then `kubectl apply` to the current context")
     submit.add_argument("overlay", metavar="OVERLAY", help="a name in k8s/overlays, or a directory")
     submit.add_argument("--crds", metavar="DIR", type=Path, help="as for check")
@@ -64,12 +64,12 @@ def _passed_on(code: int) -> int:
 
 def _check(name: str | None, crds: Path | None) -> int:
     from rl_system.k8s.checks import check
-    from rl_system.k8s.schemas import VERSION, Schemas
+    from rl_system.k8s.schemas import Schemas
 
     folders = [_folder(name)] if name else sorted(p.parent for p in OVERLAYS.glob("*/kustomization.yaml"))
     if not folders:
         raise RenderError(f"no overlay in {OVERLAYS.resolve()}; name a directory, or call it from the repository root")
-    schemas = Schemas(crds)
+    schemas = Schemas(crds) if crds else None
     code = exit_codes.OK
     for folder in folders:
         manifests, problems = check(folder, schemas)
@@ -77,7 +77,7 @@ def _check(name: str | None, crds: Path | None) -> int:
             print(problem, file=sys.stderr)
             code = exit_codes.BAD_INPUT
         if not problems:
-            by = f"the CRDs of {crds or f'KubeRay {VERSION}'}, the operator's rules"
+            by = "CRDs, operator's rules" if schemas else "operator's rules (no CRDs given: --crds)"
             print(f"{folder}: good: {len(manifests)} objects by {by}, pods, and places of the experiment")
     return code
 

@@ -1,15 +1,11 @@
 """KubeRay's custom resource definitions as strict JSON Schemas.
 
-The API server drops fields that it does not know; here they are refused. Not covered: the CRDs' CEL rules. The schemas
-that come with the code are those of KubeRay's CRDs (Apache-2.0) without texts and status, packed by
-``tools/pack_crds.py``.
+The API server drops fields that it does not know; here they are refused. Not covered: the CRDs' CEL rules.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
-import lzma
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +16,6 @@ import yaml
 from rl_system.k8s.manifests import Manifest, Problem, pods
 
 KINDS = ("RayCluster", "RayJob", "RayService")
-VERSION = "1.7.0"
-"""Of the KubeRay whose schemas come with the code."""
-PACKED = Path(__file__).with_name(f"kuberay-{VERSION}.json.xz")
 _SERVER_ONLY = {"description", "format", "nullable", "example", "externalDocs"}
 
 
@@ -30,17 +23,23 @@ class Schemas:
     """Validators of the KubeRay kinds.
 
     Args:
-        folder: with the CRDs as YAML, as in KubeRay's ``helm-chart/kuberay-operator/crds``; None: those of
-            :data:`VERSION`.
+        folder: with the CRDs as YAML, as in KubeRay's ``helm-chart/kuberay-operator/crds``.
 
     Raises:
         ValueError: the folder lacks one of the kinds.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._roots: dict[str, dict[str, Any]] = (
-            json.loads(lzma.decompress(PACKED.read_bytes())) if folder is None else read_crds(folder)
-        )
+    def __init__(self, folder: Path) -> None:
+        self._roots: dict[str, dict[str, Any]] = {}
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        for file in sorted(folder.glob("*.yaml")):
+            crd = yaml.load(file.read_text(), Loader=loader)
+            if isinstance(crd, dict) and crd.get("kind") == "CustomResourceDefinition":
+                (version,) = (v for v in crd["spec"]["versions"] if v["name"] == "v1")
+                self._roots[crd["spec"]["names"]["kind"]] = version["schema"]["openAPIV3Schema"]
+        missing = [kind for kind in KINDS if kind not in self._roots]
+        if missing:
+            raise ValueError(f"--crds {folder}: no CRD of {', '.join(missing)} there (ray.io_*.yaml of KubeRay)")
         self._validators = {kind: _validator(root) for kind, root in self._roots.items()}
         cluster = self._roots["RayCluster"]["properties"]["spec"]["properties"]
         self._pod = _validator(cluster["headGroupSpec"]["properties"]["template"])
@@ -57,25 +56,6 @@ class Schemas:
             if pod.manifest.kind not in self._validators:  # those are covered above
                 for error in self._pod.iter_errors(pod.template):
                     yield _problem(pod.manifest, pod.path, error)
-
-
-def read_crds(folder: Path) -> dict[str, dict[str, Any]]:
-    """Kind -> schema of its version v1.
-
-    Raises:
-        ValueError: the folder lacks one of the kinds.
-    """
-    roots = {}
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    for file in sorted(folder.glob("*.yaml")):
-        crd = yaml.load(file.read_text(), Loader=loader)
-        if isinstance(crd, dict) and crd.get("kind") == "CustomResourceDefinition":
-            (version,) = (v for v in crd["spec"]["versions"] if v["name"] == "v1")
-            roots[crd["spec"]["names"]["kind"]] = version["schema"]["openAPIV3Schema"]
-    missing = [kind for kind in KINDS if kind not in roots]
-    if missing:
-        raise ValueError(f"--crds {folder}: no CRD of {', '.join(missing)} there (ray.io_*.yaml of KubeRay)")
-    return roots
 
 
 def _validator(root: dict[str, Any]) -> Any:

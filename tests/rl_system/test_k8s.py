@@ -18,7 +18,7 @@ from rl_system.k8s import drain
 from rl_system.k8s.checks import check
 from rl_system.k8s.manifests import clusters, render
 from rl_system.k8s.placement import Group, Request, training_requests, unplaced, worker_groups
-from rl_system.k8s.schemas import KINDS, Schemas
+from rl_system.k8s.schemas import Schemas
 
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl renders the overlays")
 pytestmark = [pytest.mark.engine, needs_kubectl]
@@ -30,17 +30,7 @@ CRDS = Path(os.environ.get("KUBERAY_CRDS", "/work/shared/data/kuberay-crds"))
 
 @pytest.fixture(scope="module")
 def schemas():
-    return Schemas()
-
-
-@pytest.mark.skipif(not CRDS.is_dir(), reason="KubeRay's CRDs are not in $KUBERAY_CRDS")
-def test_the_packed_schemas_are_those_of_kuberay(schemas):
-    """But for the status, which nobody writes."""
-    of_kuberay = Schemas(CRDS)
-    for kind in KINDS:
-        packed, whole = (made._validators[kind].schema for made in (schemas, of_kuberay))
-        assert packed["properties"].pop("status") and whole["properties"].pop("status")
-        assert packed == whole
+    return Schemas(CRDS) if CRDS.is_dir() else None
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
