@@ -54,7 +54,9 @@ def sizes(overlay: str, old: str, new: str, path: str, fix: str, named: str = ""
 
 
 MISTAKES = {
-    "wrong label": Mistake("dev-cpu", JOB, "rl.io/pool: reward-sam", "rl.io/pool: sam", f"{GROUPS}[2].labels", "set"),
+    "wrong label": Mistake(
+        "dev-cpu", JOB, "rl.io/pool: reward-sam", "rl.io/pool: sam", f"{GROUPS}[2].labels", "{rl.io/pool: "
+    ),
     "renamed group": Mistake(
         "gpu-8", CLUSTER, "groupName: rollout", "groupName: rollouts", "spec.workerGroupSpecs", "the groups are"
     ),
@@ -67,8 +69,12 @@ MISTAKES = {
     "no settings component": Mistake(
         "dev-cpu", "overlays/dev-cpu/kustomization.yaml", "- ../../components/settings\n", "", "image", "`image`", JOB
     ),
-    "integer num-cpus": Mistake("dev-cpu", JOB, 'num-cpus: "0"', "num-cpus: 0", "rayStartParams.num-cpus", "quotes"),
-    "work on the head": Mistake("dev-cpu", JOB, 'num-cpus: "0"', 'num-cpus: "4"', "headGroupSpec.rayStartParams", "0"),
+    "integer num-cpus": Mistake(
+        "dev-cpu", JOB, 'num-cpus: "0"', "num-cpus: 0", "rayStartParams.num-cpus", 'quotes: "0"'
+    ),
+    "work on the head": Mistake(
+        "dev-cpu", JOB, 'num-cpus: "0"', 'num-cpus: "4"', "headGroupSpec.rayStartParams", 'num-cpus: "0"'
+    ),
     "other Ray": Mistake("dev-cpu", JOB, "rayVersion: 2.60.0", "rayVersion: 2.59.0", "rayVersion", "set 2.60.0"),
     "autoscaler v1": Mistake("dev-cpu", JOB, "version: v2", "version: v1", "autoscalerOptions", "version: v2"),
     "no token": Mistake("dev-cpu", JOB, "{mode: token}", "{mode: disabled}", "authOptions", "mode: token"),
@@ -106,7 +112,12 @@ MISTAKES = {
         "dev-cpu", JOB, "rayVersion:", "networkPolicy: {mode: DenyAll}\n    rayVersion:", "networkPolicy", "remove"
     ),
     "service without Redis": Mistake(
-        "prod", SERVICE, "gcsFaultToleranceOptions:", "headServiceAnnotations: {}\n    x:", "gcsFault", "redisAddress"
+        "prod",
+        SERVICE,
+        "gcsFaultToleranceOptions:",
+        "headServiceAnnotations: {}\n    x:",
+        "spec.rayClusterConfig.gcsFault",
+        "set redisAddress",
     ),
     "Redis elsewhere": Mistake(
         "prod", SERVICE, "rewards-redis:6379", "redis:6379", "redisAddress", "there are rewards-redis"
@@ -116,7 +127,12 @@ MISTAKES = {
         "prod", "components/reward-service/redis.yaml", "drop: [ALL]", "drop: [NET_RAW]", "containers[0]", "drop: [ALL]"
     ),
     "token for a worker": Mistake(
-        "gpu-8", CLUSTER, "automountServiceAccountToken: false", "automountServiceAccountToken: true", "0", "set auto"
+        "gpu-8",
+        CLUSTER,
+        "automountServiceAccountToken: false",
+        "automountServiceAccountToken: true",
+        "spec.workerGroupSpecs[0].template.spec",
+        "set automountServiceAccountToken: false",
     ),
     "no drain": Mistake(
         "dev-cpu", JOB, "python, -m, rl_system.k8s.drain,", "sleep,", "lifecycle.preStop", "rl_system.k8s.drain SECONDS"
@@ -125,7 +141,12 @@ MISTAKES = {
         "dev-cpu", JOB, "PeriodSeconds: 180", "PeriodSeconds: 130", "lifecycle.preStop", "terminationGracePeriodSeconds"
     ),
     "pod label": Mistake(
-        "dev-cpu", JOB, "component: learner}", "component: trainer}", f"{GROUPS}[0].template.metadata", "learner"
+        "dev-cpu",
+        JOB,
+        "component: learner}",
+        "component: trainer}",
+        f"{GROUPS}[0].template.metadata",
+        "component: learner",
     ),
     "missing ConfigMap": Mistake(
         "dev-cpu", JOB, "configMapRef: {name: environment}", "configMapRef: {name: env}", "configMapRef", "environment"
@@ -136,7 +157,12 @@ MISTAKES = {
         "dev-cpu", "base/storage.yaml", "ReadWriteMany", "ReadWriteOnce", "spec.accessModes", "set [ReadWriteMany]"
     ),
     "open network": Mistake(
-        "dev-cpu", "base/network.yaml", "policyTypes: [Ingress, Egress]\n---", "policyTypes: [Ingress]\n---", "", "keep"
+        "dev-cpu",
+        "base/network.yaml",
+        "policyTypes: [Ingress, Egress]\n---",
+        "policyTypes: [Ingress]\n---",
+        "NetworkPolicy deny-by-default",
+        "keep the policy deny-by-default",
     ),
     "selector of nothing": Mistake(
         "dev-cpu", "base/disruption.yaml", "component: learner", "component: lerner", "selector", "learner"
@@ -195,10 +221,10 @@ MISTAKES = {
     ),
     "server without a label": sizes(
         "prod",
-        "experiment=realsr_r1_7b cluster=kubernetes reward",
-        "experiment=realsr_r1_7b cluster=job reward",
-        "qwen_vl replica",
-        "vlm",
+        "          label_selector:\n            rl.io/pool: reward-vlm\n",
+        "",
+        "qwen_vl replica asks for no node label",
+        "binds it to reward-vlm",
     ),
     "more replicas than the pool of a run has pods": sizes(
         "gpu-8", "sam.autoscaling.max_replicas=2", "sam.autoscaling.max_replicas=3", "2 of 3 grounded_sam", "sam-max"
