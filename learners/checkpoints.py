@@ -69,7 +69,8 @@ def export_policy(
     """Write the weights as a policy directory that can be ``policy_path`` of a later run. Collective.
 
     Rank 0 writes into a temporary neighbour that then takes the place of ``directory``: a reader sees the old
-    policy or the new one. In a store (``files``) whoever finds ``config.json`` finds a whole policy. With LoRA the weights are the merged ones, and peft's files are in :data:`ADAPTER_DIR`
+    policy or the new one. In a store (``files``) whoever finds ``config.json`` finds a whole policy. With LoRA the
+    weights are the merged ones, and peft's files are in :data:`ADAPTER_DIR`
     (not beside the weights, where transformers would put the adapters on top of them once more).
     """
     tensors = _whole(policy.weights())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +70,8 @@ class StoredRun:
 
     def status(self) -> dict[str, Any]:
         """Content of ``status.json``; empty if there is none."""
-        text = self.read("status.json")
+        with reaching(self.uri):
+            text = self.read("status.json")
         return {} if text is None else dict(json.loads(text))
 
     def list(self) -> dict[str, fs.FileInfo]:
@@ -117,9 +118,9 @@ class StoredRun:
         with suppress(FileNotFoundError):
             self.files.delete_file(f"{self.path}/{name}")
 
-    def fetch(self, folder: Path) -> None:
-        """Copy the small files into ``folder``, made if missing."""
-        for name in self.list():
+    def fetch(self, folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        """Copy the small files, or those whose name is ``wanted``, into ``folder``, made if missing."""
+        for name in filter(wanted, self.list()):
             self._copy(name, folder / name)
 
     def fetch_folder(self, name: str, folder: Path) -> None:

@@ -111,6 +111,7 @@ class SimulatedLearner:
 
     async def _checkpoint(self, step: int) -> int:
         await self._queue.checkpointing.remote(step)
+        self.last_report = now()
         assert self._secured() >= step, f"a checkpoint of step {step} is written before its rows are safe"
         await self._wait(self._schedule.pace.push)
         self.saved = step
