@@ -142,7 +142,7 @@ def _claim(stored: StoredRun, scratch: str | None, config_yaml: str | None) -> t
                 run.make_folders()
             else:
                 run = RunDirectory(RunDirectory.create(copies, name, config_yaml).path, stored)
-            mirror = Mirror(stored, run.path, claim, known=config_yaml is None)
+            mirror = Mirror(stored, run.path, claim, known=config_yaml is None, made=copies)
             run.set_status("running")
             mirror.flush()
     except BaseException as error:

@@ -39,6 +39,8 @@ class Mirror:
         claim: looked at before anything is written.
         known: the working copy was just fetched.
         on_error: called once, in the background thread, when nothing more can be written.
+        give_up_s: for how long a store may fail.
+        made: the folder that was made for the working copy, removed with it; default the copy itself.
     """
 
     def __init__(
@@ -49,7 +51,9 @@ class Mirror:
         known: bool = False,
         on_error: Callable[[], None] = interrupt,
         give_up_s: float = GIVE_UP_S,
+        made: Path | None = None,
     ) -> None:
+        self._made = made or folder
         self._stored = stored
         self._folder = folder
         self._claim = claim
@@ -105,7 +109,7 @@ class Mirror:
             self._claim.release()
         except OSError as error:
             LOG.warning("%s: the claim stays until it is stale: %s", self._stored.uri, error)
-        shutil.rmtree(self._folder)
+        shutil.rmtree(self._made)
 
     def _work(self) -> None:
         try:
