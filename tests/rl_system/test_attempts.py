@@ -11,7 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from rl_system.cold_start import settings as cold_start
 from rl_system.commands.attempts import claimed_run, existing_run, guarded
+from rl_system.config.compose import ConfigError, load_config, to_yaml
+from rl_system.config.resume import changed_settings
 from rl_system.runs import claim as claims
 from rl_system.runs import mirror as mirrors
 from rl_system.runs.claim import Claim
@@ -111,6 +114,24 @@ def test_an_attempt_that_is_overtaken_ends_with_a_message_and_leaves_the_store_a
     assert json.loads((copy / "status.json").read_text())["state"] == "failed"
     assert json.loads((place / "status.json").read_text())["state"] == "running"
     others[0].renew()
+
+
+URI = "s3://bucket/runs?region=eu-central-1&scheme=http"
+
+
+def test_settings_keep_a_uri_and_refuse_credentials_in_it():
+    config = load_config(["experiment=toy", f'output_dir="{URI}"', "scratch_dir=scratch"])
+    assert config.output_dir == URI and config.scratch_dir == str(Path("scratch").resolve())
+    toy = ["recipe=toy", "data=x"]
+    assert cold_start.load([*toy, f"output_dir={URI}"]).output_dir == URI
+    for load, given in ((load_config, ["experiment=toy"]), (cold_start.load, toy)):
+        with pytest.raises(ConfigError, match=r"output_dir=s3://\.\.\.@bucket/runs holds credentials"):
+            load([*given, "output_dir=s3://key:secret@bucket/runs"])
+
+
+def test_where_a_run_is_kept_may_change_when_it_goes_on():
+    before, now = (to_yaml(load_config(["experiment=toy", *more])) for more in ([], [f'output_dir="{URI}"']))
+    assert changed_settings(before, now) == []
 
 
 def test_a_scratch_folder_that_cannot_be_made_is_refused_and_gives_the_run_free(settings, tmp_path):
