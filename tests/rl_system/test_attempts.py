@@ -15,6 +15,7 @@ from rl_system.cold_start import settings as cold_start
 from rl_system.commands.attempts import claimed_run, existing_run, guarded
 from rl_system.config.compose import ConfigError, load_config, to_yaml
 from rl_system.config.resume import changed_settings
+from rl_system.doctor.checks import disk
 from rl_system.runs import claim as claims
 from rl_system.runs import mirror as mirrors
 from rl_system.runs.claim import Claim
@@ -127,6 +128,17 @@ def test_settings_keep_a_uri_and_refuse_credentials_in_it():
     for load, given in ((load_config, ["experiment=toy"]), (cold_start.load, toy)):
         with pytest.raises(ConfigError, match=r"output_dir=s3://\.\.\.@bucket/runs holds credentials"):
             load([*given, "output_dir=s3://key:secret@bucket/runs"])
+
+
+def test_doctor_asks_the_store_instead_of_a_disk(tmp_path):
+    plan = SimpleNamespace(checkpoint=1, policy_file=1)
+    config = load_config(["experiment=toy", f"output_dir=file://{tmp_path}/store"])
+    store, temporary = disk(config, plan)
+    assert store.name == "output_dir" and store.good and f"file://{tmp_path}/store/" in store.found
+    assert temporary.name == "temporary files"
+    config.output_dir = "foo://bucket/runs"
+    store, _ = disk(config, plan)
+    assert not store.good and "Unrecognized filesystem type" in store.found
 
 
 def test_where_a_run_is_kept_may_change_when_it_goes_on():
