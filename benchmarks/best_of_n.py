@@ -42,12 +42,14 @@ def restore_all(rows: range, align: str, backend: str) -> dict[str, np.ndarray]:
     by_input = {truth.lr.tobytes(): index for index, truth in enumerate(truths)}
     found: dict[int, list[tuple[float, ...]]] = {}
 
-    def record(result: np.ndarray, source: np.ndarray, chains: Sequence[Sample]) -> float:
+    def record(results: Sequence[np.ndarray], source: np.ndarray, chains: Sequence[Sequence[Sample]]) -> list[float]:
         index = by_input[source.tobytes()]
         truth = truths[index].hq
-        scores = agreement(result, source), likelihood(chains), psnr(result, truth), ssim(result, truth)
-        found.setdefault(index, []).append(scores)
-        return 0.0
+        found[index] = [
+            (agreement(result, source), likelihood(of), psnr(result, truth), ssim(result, truth))
+            for result, of in zip(results, chains, strict=True)
+        ]
+        return [0.0] * len(results)
 
     def start(batch: int) -> Sampler:
         room = positions(checkpoint.policy) - writer.length

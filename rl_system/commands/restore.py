@@ -83,8 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--align", choices=ALIGN, default="wavelet", help="take colours from the bicubic input; default wavelet")
     add("--seed", metavar="N", type=natural, default=0)
     add("--samples", metavar="N", type=positive, default=1, help="results of each picture; all are kept unless --best")
-    add("--best", metavar="EXPERT", help="keep the best sample only: agreement, likelihood, NIQE, MUSIQ, ... (docs)")
+    add("--best", metavar="EXPERT", help="keep the best sample only: agreement, likelihood, qwen_vl, MUSIQ, ... (docs)")
     add("--weights", metavar="DIR", type=Path, help="weight files of the metric that chooses (docs/evaluate.md)")
+    add("--reward-url", metavar="URL", help="reward servers, where qwen_vl chooses (docs/reward-servers.md)")
     add("--temperature", metavar="T", type=_temperature, help="of sampling; default: that of training")
     add("--guidance", metavar="S", type=_guidance, default=1.0, help="inside images; 1, the default, is off (docs)")
     add(
@@ -136,7 +137,10 @@ def _plan(options: argparse.Namespace) -> _Plan:
     checkpoint = policy.find_checkpoint(options.checkpoint, options.image_tokenizer, options.instruction)
     device = _device(options)
     writer = policy.QuestionWriter(checkpoint, device)
-    best = experts.expert(options.best, options.weights, device, _threads(checkpoint.policy)) if options.best else None
+    best = None
+    if options.best:
+        threads = _threads(checkpoint.policy)
+        best = experts.expert(options.best, options.weights, options.reward_url, device, threads)
     wanted = Wanted(_drawing(options, writer), best, options.save_steps, options.compare, options.skip_existing)
     start = _sampler(options, checkpoint, device, writer.length)
     jobs[0].folder.mkdir(parents=True, exist_ok=True)

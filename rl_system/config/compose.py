@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -55,7 +56,7 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
     """
     if not any(o.startswith("experiment=") for o in overrides):
         raise ConfigError(f"say which experiment to run: experiment={' | '.join(experiments())}")
-    ConfigStore.instance().store(name="schema", node=TrainConfig)
+    _store_schema()
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
@@ -65,6 +66,11 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
         raise ConfigError(_explain(error)) from None
     config.reward.extra = {name: _extra_reward(name, given) for name, given in config.reward.extra.items()}
     return config
+
+
+@cache
+def _store_schema() -> None:
+    ConfigStore.instance().store(name="schema", node=TrainConfig)
 
 
 def _extra_reward(name: str, given: Any) -> ExtraRewardConfig:

@@ -39,6 +39,7 @@ def test_an_engine_ends_when_its_actor_was_killed(tmp_path):
     assert [parent.stdout.readline() for _ in range(2)] == ["up\n"] * 2
     children = psutil.Process(parent.pid).children()
     engines = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    assert len(engines) == 2, children
     parent.kill()
     parent.wait()
     deadline = time.monotonic() + 30
@@ -46,4 +47,4 @@ def test_an_engine_ends_when_its_actor_was_killed(tmp_path):
         time.sleep(0.05)
     for engine in left:
         engine.kill()
-    assert len(engines) == 2 and len(left) == 1
+    assert len(left) == 1, [engines, left]

@@ -240,7 +240,7 @@ class Batch:
             source = output.as_rgb(picture.photograph)
             chains = [[picture.chains[tile][number] for tile in range(len(picture.plan))] for number in kept]
             images = [output.as_rgb(result) for result in results]
-            outcome.scores = [wanted.best(image, source, of) for image, of in zip(images, chains, strict=True)]
+            outcome.scores = wanted.best(images, source, chains)
             kept = [max(kept, key=outcome.scores.__getitem__)]
             outcome.chosen = kept[0] + 1
         shown = [results[number] for number in kept]

@@ -243,8 +243,8 @@ def test_every_sample_or_the_best(photos, tmp_path):
     assert [Path(p).name for p in run.outcomes["a.png"].outputs] == ["a_1.png", "a_2.png", "a_3.png"]
     assert means[2] > means[0] > means[1]
     for name, best, chosen in (
-        ("agreement", lambda result, source, chains: agreement(result, source), 3),
-        ("likelihood", lambda result, source, chains: likelihood(chains), 1),
+        ("agreement", lambda results, source, chains: [agreement(result, source) for result in results], 3),
+        ("likelihood", lambda results, source, chains: [likelihood(of) for of in chains], 1),
     ):
         run = Run(source, tmp_path / name, StandInSampler(3, draw=darker), samples=3, wanted={"best": best})
         outcome = run.outcomes["a.png"]
@@ -299,7 +299,7 @@ def test_the_chosen_score_never_falls_with_more_samples(photos, tmp_path):
     scores = []
     for count in (2, 4, 8):
         sampler = StandInSampler(count, draw=noisy)
-        best = {"best": lambda result, source, chains: agreement(result, source)}
+        best = {"best": lambda results, source, chains: [agreement(result, source) for result in results]}
         run = Run(photos / "a.png", tmp_path / str(count), sampler, samples=count, wanted=best)
         outcome = run.outcomes["a.png"]
         scores.append(outcome.scores)

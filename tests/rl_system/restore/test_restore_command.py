@@ -13,7 +13,7 @@ from skimage import data
 
 from actors.decoding import PURE, Decoding
 from actors.spec import RolloutSpec
-from reward_servers.contract import Measurement
+from reward_servers.contract import Judgement, Measurement
 from rl_system.commands.main import main
 from rl_system.studies.restore import experts, sampling
 from rl_system.studies.restore.policy import find_checkpoint
@@ -51,7 +51,9 @@ def test_what_cannot_be_is_refused_in_one_line_before_anything_starts(photo, tmp
     assert "there is no nothing.png" in refused(capsys, "nothing.png", out)
     assert "neither a policy" in refused(capsys, photo, out, checkpoint=tmp_path)
     assert "N is 1" in refused(capsys, photo, out, "--best", "likelihood")
-    assert "there are agreement, likelihood, NIQE" in refused(capsys, photo, out, "--samples", "2", "--best", "PSNR")
+    assert "there are agreement, likelihood, qwen_vl, NIQE" in refused(
+        capsys, photo, out, "--samples", "2", "--best", "PSNR"
+    )
     assert "musiq_koniq" in refused(capsys, photo, out, "--samples", "2", "--best", "MUSIQ", "--weights", str(tmp_path))
     assert "16 to 256" in refused(capsys, photo, out, "--tile", "300")
     assert "more than half" in refused(capsys, photo, out, "--tile-overlap", "40")
@@ -114,13 +116,50 @@ def test_metrics_choose_by_their_own_direction(monkeypatch):
             self.name = config.metrics[0]
 
         def measure(self, requests):
-            return [Measurement({self.name: (float(images[0].mean()),)}) for images, _ in requests]
+            return [Measurement({self.name: tuple(float(image.mean()) for image in images)}) for images, _ in requests]
 
     monkeypatch.setattr(experts, "Iqa", FakeIqa)
     dark, bright = (np.full((4, 4, 3), value, np.uint8) for value in (10, 200))
     for name, best in (("MUSIQ", bright), ("NIQE", dark)):
-        score = experts.expert(name, None, "cpu", 1)
-        assert max((dark, bright), key=lambda image: score(image, dark, [])) is best
+        score = experts.expert(name, None, None, "cpu", 1)
+        scores = score([dark, bright], dark, [])
+        assert len(scores) == 2 and (dark, bright)[int(np.argmax(scores))] is best
+
+
+@pytest.mark.unit
+def test_the_visual_expert_chooses_among_all_results_at_once(photo, tmp_path, capsys, monkeypatch):
+    """Server and the way there are tested in tests/reward_servers (test_qwen_vl, test_http_routes)."""
+    choice = ("--samples", "2", "--best", "qwen_vl")
+    assert "say --reward-url" in refused(capsys, photo, tmp_path / "out", *choice)
+    monkeypatch.delenv("RL_REWARD_TOKEN", raising=False)
+    assert "RL_REWARD_TOKEN" in refused(capsys, photo, tmp_path / "out", *choice, "--reward-url", "http://127.0.0.1:9")
+    monkeypatch.setenv("RL_REWARD_TOKEN", "a-token-of-the-tests")
+    said = refused(capsys, photo, tmp_path / "out", *choice, "--reward-url", "http://127.0.0.1:9")
+    assert "--best qwen_vl: http://127.0.0.1:9/qwen_vl/ready cannot be reached" in said
+    asked, closed = [], []
+
+    class Transport:
+        def __init__(self, url, token):
+            assert (url, token) == ("http://here", "a-token-of-the-tests")
+
+        async def call(self, server, method, arguments):
+            asked.append(f"{server}/{method}")
+            if method == "ready":
+                return {}
+            if len(arguments["images"]) > 2:
+                raise ValueError("a group must have 1 to 2 images")
+            return [Judgement(5.0, 5.0, 10 - image.mean() / 25.5) for image in arguments["images"]]
+
+        async def close(self):
+            closed.append(self)
+
+    monkeypatch.setattr(experts, "HttpTransport", Transport)
+    score = experts.expert("qwen_vl", None, "http://here", "cpu", 1)
+    dark, bright = (np.full((4, 4, 3), value, np.uint8) for value in (51, 204))
+    assert score([bright, dark], bright[:2, :2], []) == pytest.approx([0.7 * 0.5 + 0.3 * 0.2, 0.7 * 0.5 + 0.3 * 0.8])
+    with pytest.raises(experts.ExpertFailed, match="1 to 2 images"):
+        score([dark] * 3, dark, [])
+    assert asked == ["qwen_vl/ready", "qwen_vl/judge", "qwen_vl/judge"] and len(closed) == 3
 
 
 @pytest.mark.unit
