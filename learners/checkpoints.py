@@ -12,6 +12,7 @@ from pathlib import Path
 import ray.train
 import torch
 import torch.distributed as dist
+from pyarrow.fs import FileSystem, FileType, copy_files
 from safetensors.torch import save_file
 
 from learners.adapters import Weight, write_adapters
@@ -38,7 +39,9 @@ def save_checkpoint(policy: ShardedPolicy, step: int, metrics: dict[str, float])
 
 
 def checkpoint(policy: ShardedPolicy, step: int, metrics: dict[str, float], progress: ProgressSink) -> int:
-    """:func:`save_checkpoint`, and tell ``progress``; returns ``step``. Collective."""
+    """:func:`save_checkpoint`, and tell ``progress`` before and after; returns ``step``. Collective."""
+    if dist.get_rank() == 0:
+        progress.checkpointing(step)
     save_checkpoint(policy, step, metrics)
     if dist.get_rank() == 0:
         progress.checkpointed(step)
@@ -60,17 +63,25 @@ def restore_checkpoint(policy: ShardedPolicy) -> int:
     return int(state["step"])
 
 
-def export_policy(policy: ShardedPolicy, spec: LearnerSpec, directory: str | Path) -> None:
+def export_policy(
+    policy: ShardedPolicy, spec: LearnerSpec, directory: str | Path, files: FileSystem | None = None
+) -> None:
     """Write the weights as a policy directory that can be ``policy_path`` of a later run. Collective.
 
     Rank 0 writes into a temporary neighbour that then takes the place of ``directory``: a reader sees the old
-    policy or the new one. With LoRA the weights are the merged ones, and peft's files are in :data:`ADAPTER_DIR`
+    policy or the new one. In a store (``files``) whoever finds ``config.json`` finds a whole policy. With LoRA the
+    weights are the merged ones, and peft's files are in :data:`ADAPTER_DIR`
     (not beside the weights, where transformers would put the adapters on top of them once more).
     """
     tensors = _whole(policy.weights())
     factors = _whole(policy.adapters())
     if dist.get_rank() == 0:
-        _write_policy(tensors, factors, spec, Path(directory))
+        if files is None:
+            _write_policy(tensors, factors, spec, Path(directory))
+        else:
+            with tempfile.TemporaryDirectory(prefix="policy-") as temporary:
+                _write_policy(tensors, factors, spec, Path(temporary) / "policy")
+                _upload_policy(Path(temporary) / "policy", files, str(directory))
     dist.barrier()
 
 
@@ -106,3 +117,15 @@ def _write_policy(
         shutil.rmtree(old)
     else:
         os.replace(fresh, target)
+
+
+def _upload_policy(policy: Path, files: FileSystem, target: str) -> None:
+    """Put ``config.json`` last; that of an older policy goes first."""
+    last = "config.json"
+    if files.get_file_info(f"{target}/{last}").type != FileType.NotFound:
+        files.delete_file(f"{target}/{last}")
+    written = [path for path in policy.rglob("*") if path.is_file()]
+    for path in sorted(written, key=lambda path: path == policy / last):
+        place = f"{target}/{path.relative_to(policy).as_posix()}"
+        files.create_dir(place.rpartition("/")[0], recursive=True)
+        copy_files(str(path), place, destination_filesystem=files, use_threads=False)

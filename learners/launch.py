@@ -10,6 +10,7 @@ from typing import Any
 
 import ray.train
 import ray.train.torch
+from pyarrow.fs import FileSystem
 
 from learners.protocols import (
     BatchSource,
@@ -44,7 +45,8 @@ def supervised_loop(config: dict[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class LearnerResult:
-    """``steps`` done, the exported policy, and the newest checkpoint (None when no step was ever made)."""
+    """``steps`` done, the exported policy, and the newest checkpoint (None when no step was ever made); the paths are
+    those of the group's file system."""
 
     steps: int
     policy_path: Path
@@ -61,6 +63,7 @@ class WorkerGroup:
         loop: its arguments; travel into the workers by pickle.
         storage_path: directory of checkpoints; on all nodes the same.
         name: of the run inside ``storage_path``.
+        files: the file system that ``storage_path`` is on, as pyarrow has it; None: the nodes' own.
         resources: of one worker, as Ray counts them; default one CPU, and one GPU with ``spec.use_gpu``.
         labels: of the nodes that may hold the workers; none: any node.
 
@@ -77,6 +80,7 @@ class WorkerGroup:
         name: str,
         resources: dict[str, float] | None = None,
         labels: dict[str, str] | None = None,
+        files: FileSystem | None = None,
     ) -> None:
         for path in (loop.spec.policy_path, loop.spec.reference_path):
             if path is not None:
@@ -87,7 +91,8 @@ class WorkerGroup:
         self._function = function
         self._loop = loop
         self._spec = loop.spec
-        self._storage = Path(storage_path).absolute()
+        self._storage = str(storage_path if files else Path(storage_path).absolute())
+        self._files = files
         self._name = name
         self._resources = resources or ({"CPU": 1, "GPU": 1} if loop.spec.use_gpu else {"CPU": 1})
         self._labels = dict(labels or {})
@@ -144,7 +149,8 @@ class WorkerGroup:
             ),
             run_config=ray_train.RunConfig(
                 name=self._name,
-                storage_path=str(self._storage),
+                storage_path=self._storage,
+                storage_filesystem=self._files,
                 failure_config=ray_train.FailureConfig(max_failures=self._spec.max_failures),
                 checkpoint_config=ray_train.CheckpointConfig(num_to_keep=self._spec.keep_checkpoints),
                 worker_runtime_env={"env_vars": _worker_environment(self._spec)},
@@ -164,7 +170,7 @@ class LearnerGroup(WorkerGroup):
         sink: takes weights.
         progress: hears of every step.
         storage_path: directory of checkpoints and the exported policy.
-        name, resources, labels: of :class:`WorkerGroup`.
+        name, resources, labels, files: of :class:`WorkerGroup`.
     """
 
     def __init__(
@@ -177,10 +183,11 @@ class LearnerGroup(WorkerGroup):
         name: str,
         resources: dict[str, float] | None = None,
         labels: dict[str, str] | None = None,
+        files: FileSystem | None = None,
     ) -> None:
-        policy = exported_policy(storage_path, name)
-        loop = LoopConfig(spec, source, sink, progress, str(policy))
-        super().__init__(train_loop, loop, storage_path, name, resources, labels)
+        policy = exported_policy(storage_path, name, files)
+        loop = LoopConfig(spec, source, sink, progress, str(policy), files)
+        super().__init__(train_loop, loop, storage_path, name, resources, labels, files)
 
 
 class ColdStartGroup(WorkerGroup):
@@ -192,7 +199,7 @@ class ColdStartGroup(WorkerGroup):
         line: hears of every step, and says when to stop.
         dropout, z_loss, evaluate_every: of :class:`~learners.protocols.SupervisedConfig`.
         storage_path: directory of checkpoints and the exported policy.
-        name, resources, labels: of :class:`WorkerGroup`.
+        name, resources, labels, files: of :class:`WorkerGroup`.
     """
 
     def __init__(
@@ -208,15 +215,16 @@ class ColdStartGroup(WorkerGroup):
         name: str,
         resources: dict[str, float] | None = None,
         labels: dict[str, str] | None = None,
+        files: FileSystem | None = None,
     ) -> None:
-        policy = exported_policy(storage_path, name)
-        loop = SupervisedConfig(spec, source, line, dropout, z_loss, evaluate_every, str(policy))
-        super().__init__(supervised_loop, loop, storage_path, name, resources, labels)
+        policy = exported_policy(storage_path, name, files)
+        loop = SupervisedConfig(spec, source, line, dropout, z_loss, evaluate_every, str(policy), files)
+        super().__init__(supervised_loop, loop, storage_path, name, resources, labels, files)
 
 
-def exported_policy(storage_path: str | Path, name: str) -> Path:
-    """Where the trained policy of a run goes."""
-    return Path(storage_path).absolute() / name / "policy"
+def exported_policy(storage_path: str | Path, name: str, files: FileSystem | None = None) -> Path:
+    """Where the trained policy of a run goes; in ``files`` if there is one."""
+    return (Path(storage_path) if files else Path(storage_path).absolute()) / name / "policy"
 
 
 def _worker_environment(spec: LearnerSpec) -> dict[str, str]:

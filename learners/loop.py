@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -64,7 +63,7 @@ def train_loop(config: dict[str, Any]) -> int:
             saved = checkpoint(policy, done, metrics, loop.progress)
     if saved != done:
         checkpoint(policy, done, metrics, loop.progress)
-    export_policy(policy, spec, Path(loop.export_path))
+    export_policy(policy, spec, loop.export_path, loop.export_files)
     return done
 
 

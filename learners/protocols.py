@@ -14,6 +14,8 @@ import numpy as np
 from vlcot.groups import ScoredGroup
 
 if TYPE_CHECKING:  # they import torch; the experience queue's process, which needs only these classes, does not
+    from pyarrow.fs import FileSystem
+
     from learners.spec import LearnerSpec
     from vlcot.weights import WeightSink
 
@@ -54,19 +56,25 @@ class ProgressSink(Protocol):
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """``step`` is trained and version ``step`` of the weights is served: its slots may be released."""
 
+    def checkpointing(self, step: int) -> None:
+        """A checkpoint that contains ``step`` is about to be written. Returns once all that a run needs, besides the
+        checkpoint, to go on from it is stored."""
+
     def checkpointed(self, step: int) -> None:
         """A checkpoint that contains ``step`` is committed."""
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """Arguments of :func:`learners.loop.train_loop`. ``export_path`` is where the trained policy goes."""
+    """Arguments of :func:`learners.loop.train_loop`. ``export_path`` is where the trained policy goes, in the pyarrow
+    file system ``export_files`` if there is one."""
 
     spec: LearnerSpec
     source: BatchSource
     sink: WeightSink
     progress: ProgressSink
     export_path: str
+    export_files: FileSystem | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +116,7 @@ class SupervisedConfig:
         dropout: of what attention and MLP add to the residual stream.
         z_loss: coefficient of the squared log-sum-exp.
         evaluate_every: steps between held-out losses; the last step always has one.
-        export_path: where the trained policy goes.
+        export_path, export_files: of :class:`LoopConfig`.
     """
 
     spec: LearnerSpec
@@ -118,3 +126,4 @@ class SupervisedConfig:
     z_loss: float
     evaluate_every: int
     export_path: str
+    export_files: FileSystem | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -49,5 +48,5 @@ def supervised_loop(config: dict[str, Any]) -> int:
             saved = checkpoint(policy, done, metrics, loop.line)
     if saved != done:
         checkpoint(policy, done, metrics, loop.line)
-    export_policy(policy, spec, Path(loop.export_path))
+    export_policy(policy, spec, loop.export_path, loop.export_files)
     return done

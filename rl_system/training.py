@@ -7,7 +7,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,11 +74,19 @@ class TrainingRun:
         resumed: whether there were any.
         source: rows of the data set.
         progress: live view.
+        secure: returns once what was written to ``run`` so far outlives this machine, as far as it is to.
     """
 
     def __init__(
-        self, config: TrainConfig, run: RunDirectory, resumed: bool, source: RowSource, progress: Progress
+        self,
+        config: TrainConfig,
+        run: RunDirectory,
+        resumed: bool,
+        source: RowSource,
+        progress: Progress,
+        secure: Callable[[], None],
     ) -> None:
+        self._secure = secure
         self._config = config
         self._run = run
         self._resumed = resumed
@@ -167,12 +175,14 @@ class TrainingRun:
 
     def _start_learner(self, queue: Any, pool: RolloutPool) -> LearnerGroup:
         config = self._config
+        storage, files = self._run.learner_storage
         learner = LearnerGroup(
             assembly.learner_spec(config),
             QueueSource(queue),
             pool.weight_sink(config.rollout.push_backend),  # type: ignore[arg-type]
             QueueProgress(queue),
-            storage_path=self._run.checkpoints,
+            storage_path=storage,
+            files=files,
             name=config.name,
             resources={"CPU": config.learner.num_cpus} | ({"GPU": 1} if config.learner.use_gpu else {}),
             labels=config.learner.labels,
@@ -232,13 +242,23 @@ class TrainingRun:
             scorer,
             queue,
             lambda: learner.error,
-            Observer(self._on_started, self._on_group, self._on_batch, self._on_step, self._on_event),
+            self._observer(),
             self._ready,
             done,
         )
         self._ledger = coordinator.ledger
         self._lookout.moment = coordinator.moment
         return coordinator
+
+    def _observer(self) -> Observer:
+        return Observer(
+            self._on_started,
+            self._on_group,
+            self._on_batch,
+            self._on_step,
+            self._on_event,
+            lambda: asyncio.to_thread(self._secure),
+        )
 
     async def _train(self, coordinator: Coordinator, learner: LearnerGroup) -> None:
         """To the last step; SIGTERM ends it after the step that is under way."""
@@ -265,7 +285,8 @@ class TrainingRun:
     async def _weights_match(self, pool: RolloutPool, result: LearnerResult) -> bool:
         """Whether the actors serve exactly the exported policy: XXH3 of every tensor, learner against actors."""
         served = await pool.served_checksums()
-        exported = load_file(result.policy_path / "model.safetensors")
+        policy = await asyncio.to_thread(self._run.local_policy, result.policy_path)
+        exported = load_file(policy / "model.safetensors")
         return served == checksums(exported.items())
 
     def _on_started(self, start: LearnerStart) -> None:

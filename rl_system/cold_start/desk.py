@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TypeAlias
 
 import ray
 from ray.actor import ActorHandle
 
 from learners.protocols import LearnerStart
-from rl_system.coordination.experience_queue import StepReport
+from rl_system.coordination.experience_queue import Checkpointing, Gate, StepReport
+
+Event: TypeAlias = LearnerStart | StepReport | Checkpointing
 
 
 class Desk:
@@ -17,7 +20,8 @@ class Desk:
     def __init__(self) -> None:
         self._stopping = False
         self._answers: dict[int, bool] = {}
-        self._reports: asyncio.Queue[LearnerStart | StepReport] = asyncio.Queue()
+        self._reports: asyncio.Queue[Event] = asyncio.Queue()
+        self._secured = Gate()
 
     async def stop(self) -> None:
         """No step begins from now on that no rank has asked for."""
@@ -27,11 +31,21 @@ class Desk:
         """Whether ``step`` is made; every rank hears what the first one heard."""
         return self._answers.setdefault(step, not self._stopping)
 
-    async def report(self, event: LearnerStart | StepReport) -> None:
+    async def checkpointing(self, step: int) -> None:
+        """Return once the driver has stored all that a checkpoint of ``step`` counts on."""
+        if not self._secured.open(step):
+            await self.report(Checkpointing(step))
+        await self._secured.wait(step)
+
+    async def secured(self, step: int) -> None:
+        """Checkpoints up to ``step`` may be written."""
+        await self._secured.let(step)
+
+    async def report(self, event: Event) -> None:
         """Hand an event to the driver."""
         await self._reports.put(event)
 
-    async def next_report(self) -> LearnerStart | StepReport:
+    async def next_report(self) -> Event:
         """The oldest event not yet read."""
         return await self._reports.get()
 
@@ -49,6 +63,10 @@ class DeskLine:
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """``step`` is trained."""
         ray.get(self._desk.report.remote(StepReport(step, metrics)))
+
+    def checkpointing(self, step: int) -> None:
+        """Block until a checkpoint of ``step`` may be written."""
+        ray.get(self._desk.checkpointing.remote(step))
 
     def checkpointed(self, step: int) -> None:
         """Nothing is kept for a step."""

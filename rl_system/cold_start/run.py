@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from rl_system.cold_start.data import PreparedExamples, held_out_prompts
 from rl_system.cold_start.desk import Desk, DeskLine
 from rl_system.cold_start.lookout import SAMPLER_STARTS, SAMPLING, TRAINING
 from rl_system.cold_start.settings import ColdStartConfig, sampling_spec
-from rl_system.coordination.experience_queue import StepReport
+from rl_system.coordination.experience_queue import Checkpointing, StepReport
 from rl_system.runs.directory import RunDirectory, RunStopped
 from rl_system.runs.pictures import write_chain_pictures, write_png
 from rl_system.runs.progress import Progress
@@ -54,8 +54,13 @@ def random_start(config: ColdStartConfig, run: RunDirectory) -> str:
     return str(directory)
 
 
-def train(config: ColdStartConfig, spec: LearnerSpec, run: RunDirectory, progress: Progress) -> LearnerResult:
+def train(
+    config: ColdStartConfig, spec: LearnerSpec, run: RunDirectory, progress: Progress, secure: Callable[[], None]
+) -> LearnerResult:
     """Train to the last step; metrics go to the run's sinks.
+
+    Args:
+        secure: returns once what was written to ``run`` so far outlives this machine, as far as it is to.
 
     Raises:
         RunStopped: SIGTERM came; what was done is in a checkpoint.
@@ -63,6 +68,7 @@ def train(config: ColdStartConfig, spec: LearnerSpec, run: RunDirectory, progres
     """
     desk = ray.remote(num_cpus=0)(Desk).remote()
     learner = config.learner
+    storage, files = run.learner_storage
     group = ColdStartGroup(
         spec,
         PreparedExamples(config.data, learner.batch_size, config.seed, config.evaluation.prompts),
@@ -70,7 +76,8 @@ def train(config: ColdStartConfig, spec: LearnerSpec, run: RunDirectory, progres
         dropout=learner.dropout,
         z_loss=learner.z_loss,
         evaluate_every=learner.evaluate_every,
-        storage_path=run.checkpoints,
+        storage_path=storage,
+        files=files,
         name=config.name,
         resources={"CPU": learner.num_cpus} | ({"GPU": 1} if learner.use_gpu else {}),
         labels=learner.labels,
@@ -86,7 +93,7 @@ def train(config: ColdStartConfig, spec: LearnerSpec, run: RunDirectory, progres
     try:
         progress.stage("starting the learner")
         group.start()
-        _follow(group, desk, spec, run, progress)
+        _follow(group, desk, spec, run, progress, secure)
         result = group.result()
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -95,7 +102,14 @@ def train(config: ColdStartConfig, spec: LearnerSpec, run: RunDirectory, progres
     return result
 
 
-def _follow(group: ColdStartGroup, desk: Any, spec: LearnerSpec, run: RunDirectory, progress: Progress) -> None:
+def _follow(
+    group: ColdStartGroup,
+    desk: Any,
+    spec: LearnerSpec,
+    run: RunDirectory,
+    progress: Progress,
+    secure: Callable[[], None],
+) -> None:
     """Log every step until the group has ended and its last report is read."""
     sink, last = None, 0
     try:
@@ -113,6 +127,9 @@ def _follow(group: ColdStartGroup, desk: Any, spec: LearnerSpec, run: RunDirecto
                     sink.close()
                 sink, last = open_sinks(run, event.step, PrometheusSink(run.name)), event.step
                 progress.stage(TRAINING, last, spec.steps)
+            elif isinstance(event, Checkpointing):
+                secure()
+                ray.get(desk.secured.remote(event.step))
             elif isinstance(event, StepReport) and sink is not None and event.step > last:
                 last = event.step
                 sink.log(event.step, event.metrics)

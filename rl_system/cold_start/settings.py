@@ -12,6 +12,7 @@ from actors.spec import RolloutSpec
 from learners.spec import LearnerSpec
 from rl_system.config.compose import CONFIG_DIR, ConfigError
 from rl_system.config.recipes import load_recipe
+from rl_system.config.uris import absolute
 from vlcot.grpo import LossConfig
 from vlcot.policy.family import Family
 
@@ -91,6 +92,9 @@ class ColdStartConfig:
 
     name: str = "cold-start"
     output_dir: str = "runs"
+    """Folder of all runs, or the URI of one that pyarrow opens, as s3://bucket/runs (docs/cluster.md)."""
+    scratch_dir: str | None = None
+    """Where the working copy of a run lies whose ``output_dir`` is a URI; null: the system's temporary folder."""
     overwrite: bool = False
     resume: str = "never"
     """never | auto"""
@@ -116,8 +120,14 @@ def load(overrides: Sequence[str]) -> ColdStartConfig:
     rest = [o for o in overrides if not o.startswith("recipe=")]
     config = load_recipe(ColdStartConfig, RECIPES / f"{names[0]}.yaml", rest)
     _check(config)
-    for holder, key in ((config, "data"), (config, "output_dir"), (config.policy, "path")):
+    for holder, key in ((config, "data"), (config.policy, "path")):
         setattr(holder, key, str(Path(getattr(holder, key)).resolve()))
+    try:
+        config.output_dir = absolute(config.output_dir)
+    except ValueError as error:
+        raise ConfigError(f"output_dir={error}") from None
+    if config.scratch_dir is not None:
+        config.scratch_dir = str(Path(config.scratch_dir).resolve())
     config.policy.image_tokenizer = str(Path(config.policy.image_tokenizer).resolve())
     return config
 

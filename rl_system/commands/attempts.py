@@ -8,12 +8,15 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rl_system.commands import exit_codes
+from rl_system.config.uris import is_uri
 
 if TYPE_CHECKING:
     from rl_system.runs.directory import RunDirectory
+    from rl_system.runs.keeping import Keeper
+    from rl_system.runs.store import StoredRun
 
 NAMESPACE = "rl-system"
 UPLOADED = "working_dir_files"
@@ -25,6 +28,7 @@ class RunSettings(Protocol):
 
     name: str
     output_dir: str
+    scratch_dir: str | None
     overwrite: bool
     resume: str
 
@@ -36,50 +40,76 @@ class ClusterSettings(Protocol):
     num_cpus: int | None
 
 
-def existing_run(config: RunSettings, config_yaml: str) -> RunDirectory | None:
+def existing_run(config: RunSettings, config_yaml: str) -> RunDirectory | StoredRun | None:
     """The run that ``resume=auto`` finds.
 
     Raises:
-        ValueError: it was made with other settings that matter, or runs would lie in the upload of a Ray job.
+        ValueError: it was made with other settings that matter, runs would lie in the upload of a Ray job, or the store
+            of ``output_dir`` cannot be used.
     """
-    from rl_system.runs.directory import RunDirectory
+    from rl_system.runs.keeping import find
 
-    if UPLOADED in Path(config.output_dir).resolve().parts:
+    if not is_uri(config.output_dir) and UPLOADED in Path(config.output_dir).resolve().parts:
         raise ValueError(
             f"output_dir={config.output_dir} lies in the uploaded working directory, which Ray deletes after the job: "
             "name a folder by its full path, as output_dir=/shared/runs"
         )
     if config.resume == "never":
         return None
-    return RunDirectory.resume(config.output_dir, config.name, config_yaml)
+    return find(config.output_dir, config.name, config_yaml)
 
 
 def claimed_run(
-    config: RunSettings, config_yaml: str, existing: RunDirectory | None
-) -> tuple[RunDirectory, IO[str], bool]:
-    """The run, a lock on it, and whether it goes on.
+    config: RunSettings, config_yaml: str, existing: RunDirectory | StoredRun | None
+) -> tuple[RunDirectory, Keeper, bool]:
+    """The run, what keeps it for this attempt, and whether it goes on.
 
     Raises:
-        ValueError: there is one of this name already, or another process writes to it.
+        ValueError: there is one of this name already, another attempt has it, or its store cannot be used.
     """
-    from rl_system.runs.directory import RunDirectory
+    from rl_system.runs.keeping import claim_existing, claim_new
 
     if existing is None:
-        run = RunDirectory.create(config.output_dir, config.name, config_yaml, config.overwrite)
-        return run, run.lock(), False
-    claim = existing.lock()
-    existing.set_status("running")
-    return existing, claim, True
+        run, keeper = claim_new(config.output_dir, config.name, config_yaml, config.overwrite, config.scratch_dir)
+        return run, keeper, False
+    return *claim_existing(existing, config.scratch_dir), True
 
 
 def guarded(
-    program: str, run: RunDirectory, claim: IO[str], execute: Callable[[], dict[str, Any]]
+    program: str,
+    run: RunDirectory,
+    keeper: Keeper,
+    execute: Callable[[], dict[str, Any]],
+    finish: Callable[[], object] = lambda: None,
 ) -> tuple[int, dict[str, Any] | None]:
-    """Execute; exit code, and the summary of a run that is done. Else the run's status and one message say why."""
+    """Execute; exit code, and the summary of a run that is done. Else the run's status and one message say why.
+
+    Args:
+        finish: writes to the run whatever became of it.
+    """
+    from rl_system.runs.store import StoreError
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if run.home is not None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the way in which a lost store ends the run
+    try:
+        code, summary = _executed(program, run, keeper, execute)
+        finish()
+    finally:
+        try:
+            keeper.close()
+        except StoreError as error:
+            print(f"{program}: {error}\nwhat the store does not have is in {run.path}", file=sys.stderr)
+            code, summary = exit_codes.ERROR, None
+    return code, summary
+
+
+def _executed(
+    program: str, run: RunDirectory, keeper: Keeper, execute: Callable[[], dict[str, Any]]
+) -> tuple[int, dict[str, Any] | None]:
     from rl_system.runs.directory import RunStopped
     from rl_system.runs.logs import driver_log
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with driver_log(run):
             summary = execute()
@@ -87,20 +117,21 @@ def guarded(
         return exit_codes.OK, summary
     except RunStopped as stop:
         run.set_status("stopped", str(stop))
-        print(f"{program}: {stop}; resume=auto goes on with {run.path}", file=sys.stderr)
+        print(f"{program}: {stop}; resume=auto goes on with {run.place}", file=sys.stderr)
         return exit_codes.STOPPED, None
-    except KeyboardInterrupt:
-        run.set_status("interrupted", "stopped by a signal")
-        print(f"{program}: interrupted; what was done is in {run.path}", file=sys.stderr)
-        return exit_codes.INTERRUPTED, None
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if keeper.error is not None:  # said when the keeper is closed
+            run.set_status("failed", str(keeper.error))
+            return exit_codes.ERROR, None
+        if isinstance(error, KeyboardInterrupt):
+            run.set_status("interrupted", "stopped by a signal")
+            print(f"{program}: interrupted; what was done is in {run.place}", file=sys.stderr)
+            return exit_codes.INTERRUPTED, None
         run.set_status("failed", f"{type(error).__name__}: {error}")
-        print(f"{program}: {type(error).__name__}: {error}\nlogs: {run.path}/logs", file=sys.stderr)
+        print(f"{program}: {type(error).__name__}: {error}\nlogs: {run.named('logs')}", file=sys.stderr)
         if os.environ.get("RL_SYSTEM_TRACEBACK"):
             raise
         return exit_codes.ERROR, None
-    finally:
-        claim.close()
 
 
 def connect(cluster: ClusterSettings, start_timeout_s: float, run: str) -> Any:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from learners.spec import LearnerSpec
     from rl_system.cold_start.settings import ColdStartConfig
     from rl_system.runs.directory import RunDirectory
+    from rl_system.runs.keeping import Keeper
 
 PROGRAM = "rl-system cold-start"
 
@@ -31,23 +32,23 @@ def run(overrides: list[str]) -> int:
         text = settings.to_yaml(config)
         existing = existing_run(config, text)
         if existing is not None and existing.status().get("state") == "done":
-            print(f"{existing.path} is done; summary: {existing.summary}")
+            print(f"{existing.place} is done; summary: {existing.named('summary.json')}")
             return exit_codes.OK
         rows = check_layout(config.data, Family.from_pretrained(config.policy.path).layout.full_size)
         spec = settings.learner_spec(config, config.policy.path, rows)
         if config.cluster.address != "local":
             connect(config.cluster, config.evaluation.start_timeout_s, config.name)
-        directory, claim, _ = claimed_run(config, text, existing)
+        directory, keeper, _ = claimed_run(config, text, existing)
     except (ValueError, ConnectionError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return exit_codes.BAD_INPUT
-    code, summary = guarded(PROGRAM, directory, claim, lambda: _execute(config, spec, directory))
+    code, summary = guarded(PROGRAM, directory, keeper, lambda: _execute(config, spec, directory, keeper))
     if summary is not None:
         _print(summary, directory)
     return code
 
 
-def _execute(config: ColdStartConfig, spec: LearnerSpec, run: RunDirectory) -> dict[str, Any]:
+def _execute(config: ColdStartConfig, spec: LearnerSpec, run: RunDirectory, keeper: Keeper) -> dict[str, Any]:
     from dataclasses import replace
 
     import ray
@@ -67,9 +68,9 @@ def _execute(config: ColdStartConfig, spec: LearnerSpec, run: RunDirectory) -> d
         progress.stage("starting Ray")
         note_attempt(run, connect(config.cluster, config.evaluation.start_timeout_s, config.name))
         try:
-            result = train(config, spec, run, progress)
+            result = train(config, spec, run, progress, keeper.flush)
             trained_s = time.time() - began
-            figures = evaluate(config, result.policy_path, run, progress)
+            figures = evaluate(config, run.local_policy(result.policy_path), run, progress)
         finally:
             ray.shutdown()
     last = read_metrics(run.metrics)[-1].values
@@ -78,7 +79,7 @@ def _execute(config: ColdStartConfig, spec: LearnerSpec, run: RunDirectory) -> d
         "steps": result.steps,
         "trained_s": trained_s,
         "wall_s": time.time() - began,
-        "policy": str(result.policy_path),
+        "policy": run.named(f"checkpoints/{config.name}/policy"),
         **losses,
         **figures,
     }
@@ -100,4 +101,4 @@ def _print(summary: dict[str, Any], run: RunDirectory) -> None:
             table.add_row(name, "-" if value is None else f"{value:.3f}")
     console = Console()
     console.print(table)
-    console.print(f"policy: {summary['policy']}\nrun: {run.path}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"policy: {summary['policy']}\nrun: {run.place}", markup=False, highlight=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from rl_system.config.schema import TrainConfig
 if TYPE_CHECKING:
     from rl_system.data.rows import RowSource
     from rl_system.runs.directory import RunDirectory
+    from rl_system.runs.keeping import Keeper
 
 PROGRAM = "rl-system train"
 
@@ -36,34 +37,35 @@ def _train(config: TrainConfig) -> int:
 
     try:
         check_trackers(config.trackers)
-        run = existing_run(config, to_yaml(config))
-        if run is not None and run.status().get("state") == "done":
-            print(f"{run.path} is done; report: {run.report}")
+        existing = existing_run(config, to_yaml(config))
+        if existing is not None and existing.status().get("state") == "done":
+            print(f"{existing.place} is done; report: {existing.named('report.html')}")
             return exit_codes.OK
         source = assembly.row_source(config)
         if config.cluster.address != "local":
             connect(config.cluster, config.reward.start_timeout_s, config.name)  # only the cluster knows what it has
         assembly.check_resources(config)
-        run, claim, resumed = claimed_run(config, to_yaml(config), run)
+        run, keeper, resumed = claimed_run(config, to_yaml(config), existing)
     except (ValueError, ConnectionError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return exit_codes.BAD_INPUT
 
     def execute() -> dict[str, Any]:
-        summary = _execute(config, run, resumed, source)
+        summary = _execute(config, run, keeper, resumed, source)
         write_summary(run, summary)
         return summary
 
-    code, summary = guarded(PROGRAM, run, claim, execute)
-    report = build_report(run)
+    code, summary = guarded(PROGRAM, run, keeper, execute, finish=lambda: build_report(run))
     if summary is not None:
         from rl_system.runs.progress import print_summary
 
-        print_summary(summary, report)
+        print_summary(summary, run.named("report.html"))
     return code
 
 
-def _execute(config: TrainConfig, run: RunDirectory, resumed: bool, source: RowSource) -> dict[str, Any]:
+def _execute(
+    config: TrainConfig, run: RunDirectory, keeper: Keeper, resumed: bool, source: RowSource
+) -> dict[str, Any]:
     import ray
 
     from rl_system.runs.attempt import note_attempt
@@ -76,6 +78,6 @@ def _execute(config: TrainConfig, run: RunDirectory, resumed: bool, source: RowS
 
         note_attempt(run, context)
         try:
-            return asyncio.run(TrainingRun(config, run, resumed, source, progress).execute())
+            return asyncio.run(TrainingRun(config, run, resumed, source, progress, keeper.flush).execute())
         finally:
             ray.shutdown()

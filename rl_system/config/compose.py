@@ -21,6 +21,7 @@ import configs
 from reward_servers.detection import COMMON
 from rl_system.config.checks import check
 from rl_system.config.schema import ExtraRewardConfig, TrainConfig
+from rl_system.config.uris import absolute
 
 CONFIG_DIR = Path(configs.__file__).resolve().parent
 
@@ -83,9 +84,13 @@ def _extra_reward(name: str, given: Any) -> ExtraRewardConfig:
 
 def _make_paths_absolute(config: TrainConfig) -> None:
     """Worker processes have working directories of their own."""
+    try:
+        config.output_dir = absolute(config.output_dir)
+    except ValueError as error:
+        raise ConfigError(f"output_dir={error}") from None
     sam, expert, iqa = config.reward.grounded_sam, config.reward.qwen_vl, config.reward.iqa
     for owner, name in (
-        (config, "output_dir"),
+        (config, "scratch_dir"),
         (config.policy, "path"),
         (config.policy, "image_tokenizer"),
         (config.data, "path"),

@@ -12,6 +12,7 @@ MAY_CHANGE = (
     "resume",
     "overwrite",
     "output_dir",
+    "scratch_dir",
     "kept_groups",
     "trackers",
     "cluster.*",

@@ -324,6 +324,9 @@ class TrainConfig:
     name: str = MISSING
     seed: int = 0
     output_dir: str = "runs"
+    """Folder of all runs, or the URI of one that pyarrow opens, as s3://bucket/runs (docs/cluster.md)."""
+    scratch_dir: str | None = None
+    """Where the working copy of a run lies whose ``output_dir`` is a URI; null: the system's temporary folder."""
     overwrite: bool = False
     """Move an existing run of this name aside instead of refusing."""
     resume: str = "never"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,7 +14,7 @@ from ray.actor import ActorHandle
 from actors.pool import RolloutPool
 from learners.protocols import LearnerStart
 from reward_servers.policies import FailurePolicy, RewardFailure, Verdict, failure_reasons
-from rl_system.coordination.experience_queue import Checkpointed
+from rl_system.coordination.experience_queue import Checkpointed, Checkpointing
 from rl_system.coordination.ledger import LIVE, BatchRecord, GroupState, Ledger
 from rl_system.coordination.scoring import Objects, Scorer
 from vlcot.groups import Group, Prompt, ScoredGroup
@@ -27,6 +27,10 @@ class StalledError(RuntimeError):
     """Nothing has finished for too long; the message names what everyone waits for."""
 
 
+async def _stored_at_once() -> None:
+    """Files on this machine are."""
+
+
 @dataclass(frozen=True)
 class Observer:
     """What a run wants to hear of. Callbacks return at once.
@@ -37,6 +41,7 @@ class Observer:
         batch: the learner is about to get a batch; a run that resumes needs the records of all steps done.
         step: a step is trained and pushed: its number, the learner's metrics and the groups of its batch.
         event: process, what it did, begin and end in epoch seconds.
+        secure: ends once all that was heard so far is where a run that goes on finds it.
     """
 
     started: Callable[[LearnerStart], None]
@@ -44,6 +49,7 @@ class Observer:
     batch: Callable[[BatchRecord], None]
     step: Callable[[int, dict[str, float], list[ScoredGroup]], None]
     event: Callable[[str, str, float, float], None]
+    secure: Callable[[], Awaitable[None]] = _stored_at_once
 
 
 @dataclass(frozen=True)
@@ -167,10 +173,13 @@ class Coordinator:
             RewardFailure: a reward failed and the failure policy tolerates none.
             RuntimeError: the learner group or the rollout pool has failed for good.
         """
+        secured = 0
         try:
             await self._train()
+            await self._observer.secure()  # nobody hears the learner ask before its last checkpoint
+            secured = self._step
         finally:
-            closing = asyncio.ensure_future(self._queue.close.remote())
+            closing = asyncio.ensure_future(self._queue.close.remote(secured))
             await asyncio.wait([closing], timeout=CLOSE_S)
         if not closing.done():
             raise StalledError(f"the experience queue has not answered for {CLOSE_S:.0f} s; the learner waits for it")
@@ -269,6 +278,9 @@ class Coordinator:
             event = await self._queue.next_report.remote()
             if isinstance(event, LearnerStart):
                 self._observer.started(event)
+            elif isinstance(event, Checkpointing):
+                await self._observer.secure()
+                await self._queue.secured.remote(event.step)
             elif isinstance(event, Checkpointed):
                 self._store.forget(self._accounted[event.step - 1])
             elif event.step == self._step + 1:  # a restarted learner repeats the steps after its checkpoint

@@ -22,13 +22,43 @@ class StepReport:
 
 
 @dataclass(frozen=True)
+class Checkpointing:
+    """The learner waits until it may write a checkpoint of ``step``."""
+
+    step: int
+
+
+@dataclass(frozen=True)
 class Checkpointed:
     """The learner's newest checkpoint contains ``step``."""
 
     step: int
 
 
-Event: TypeAlias = LearnerStart | StepReport | Checkpointed
+Event: TypeAlias = LearnerStart | StepReport | Checkpointing | Checkpointed
+
+
+class Gate:
+    """Opens step by step, for what waits in an asyncio actor."""
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._changed = asyncio.Condition()
+
+    def open(self, step: int) -> bool:
+        """Whether ``step`` may pass."""
+        return step <= self._step
+
+    async def wait(self, step: int) -> None:
+        """Until ``step`` may pass."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.open(step))
+
+    async def let(self, step: int) -> None:
+        """Let everything up to ``step`` pass."""
+        async with self._changed:
+            self._step = max(self._step, step)
+            self._changed.notify_all()
 
 
 class ExperienceQueue:
@@ -39,6 +69,7 @@ class ExperienceQueue:
         self._closed = False
         self._changed = asyncio.Condition()
         self._progress: asyncio.Queue[Event] = asyncio.Queue()
+        self._secured = Gate()
 
     async def put_batch(self, step: int, groups: list[ScoredGroup]) -> None:
         """Offer the batch of ``step``.
@@ -52,17 +83,28 @@ class ExperienceQueue:
             self._batches[step] = groups
             self._changed.notify_all()
 
-    async def close(self) -> None:
-        """No further batch will come."""
+    async def close(self, secured: int = 0) -> None:
+        """No further batch will come; checkpoints up to ``secured`` may be written."""
         async with self._changed:
             self._closed = True
             self._changed.notify_all()
+        await self._secured.let(secured)
 
     async def next_batch(self, step: int) -> list[ScoredGroup] | None:
         """The batch of ``step``, the same for every rank; None when the run is over."""
         async with self._changed:
             await self._changed.wait_for(lambda: step in self._batches or self._closed)
             return self._batches.get(step)
+
+    async def checkpointing(self, step: int) -> None:
+        """Return once the driver has stored all that a checkpoint of ``step`` counts on."""
+        if not self._secured.open(step):
+            await self.report(Checkpointing(step))
+        await self._secured.wait(step)
+
+    async def secured(self, step: int) -> None:
+        """Checkpoints up to ``step`` may be written."""
+        await self._secured.let(step)
 
     async def forget(self, step: int) -> None:
         """Drop the batches up to ``step``: a checkpoint contains it."""
@@ -102,6 +144,10 @@ class QueueProgress:
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """``step`` is trained and its weights are served."""
         ray.get(self._queue.report.remote(StepReport(step, metrics)))
+
+    def checkpointing(self, step: int) -> None:
+        """Block until a checkpoint of ``step`` may be written."""
+        ray.get(self._queue.checkpointing.remote(step))
 
     def checkpointed(self, step: int) -> None:
         """A checkpoint contains ``step``: its batch will not be asked for again."""

@@ -17,9 +17,11 @@ from rl_system.config.checks import check
 from rl_system.config.compose import CONFIG_DIR
 from rl_system.config.schema import TrainConfig
 from rl_system.config.servers import checkpoints
+from rl_system.config.uris import below, is_uri
 from rl_system.doctor.machine import Machine
 from rl_system.doctor.models import values_in
 from rl_system.doctor.plan import Models, Plan
+from rl_system.runs.store import StoredRun
 from vlcot.policy.family import read_config
 
 ENGINES = ("torch", "transformers", "peft", "ray", "deepspeed", "pyiqa", "hydra-core", "safetensors")
@@ -147,16 +149,28 @@ def data(config: TrainConfig) -> Check:
 def disk(config: TrainConfig, plan: Plan) -> Iterator[Check]:
     """Room for checkpoints, where they are kept and where each is written first."""
     kept = (config.learner.keep_checkpoints + 1) * plan.checkpoint + 2 * plan.policy_file
-    output, scratch = _existing(Path(config.output_dir)), Path(tempfile.gettempdir())
-    places = {"output_dir": (output, kept), "temporary files": (scratch, plan.checkpoint)}
-    if output.stat().st_dev == scratch.stat().st_dev:
-        places = {"output_dir": (output, kept + plan.checkpoint)}
+    scratch = Path(tempfile.gettempdir())
+    if is_uri(config.output_dir):
+        yield _store(config)
+        places = {"temporary files": (scratch, plan.checkpoint + plan.policy_file)}
+    else:
+        output = _existing(Path(config.output_dir))
+        places = {"output_dir": (output, kept), "temporary files": (scratch, plan.checkpoint)}
+        if output.stat().st_dev == scratch.stat().st_dev:
+            places = {"output_dir": (output, kept + plan.checkpoint)}
     for name, (place, need) in places.items():
         free = shutil.disk_usage(place).free
         good = free >= need and os.access(place, os.W_OK)
         remedy = "set output_dir or TMPDIR to a larger disk, or lower learner.keep_checkpoints"
         found = f"{place}: {free / GIB:.1f} GiB free, {need / GIB:.1f} needed"
         yield Check(name, good, found if os.access(place, os.W_OK) else f"{place} cannot be written", remedy)
+
+
+def _store(config: TrainConfig) -> Check:
+    try:
+        return Check("output_dir", True, f"{StoredRun.at(below(config.output_dir, config.name)).uri} can be read")
+    except ValueError as error:
+        return Check("output_dir", False, str(error), "correct the URI, the credentials or the endpoint")
 
 
 def _existing(path: Path) -> Path:

@@ -19,6 +19,7 @@ import yaml
 from rl_system.config.compose import ConfigError, compose_config
 from rl_system.config.schema import TrainConfig
 from rl_system.config.servers import checkpoints, own_servers
+from rl_system.config.uris import is_uri
 from rl_system.k8s.manifests import Manifest, Problem, RayClusterSpec, clusters, settings
 
 TRAIN = ["python", "-m", "rl_system", "train"]
@@ -192,7 +193,7 @@ def _composed(overrides: tuple[str, ...]) -> TrainConfig:
 def _paths(manifest: Manifest, config: TrainConfig) -> Iterator[Problem]:
     if config.cluster.address != "auto":
         yield manifest.problem("entrypoint", "the run would start a Ray of its own", "add cluster=kubernetes")
-    if not config.output_dir.startswith(MOUNTS["runs"]):
+    if not is_uri(config.output_dir) and not config.output_dir.startswith(MOUNTS["runs"]):
         fix = f"set output_dir={MOUNTS['runs']}"
         yield manifest.problem("entrypoint", f"output_dir={config.output_dir} is lost with the pod", fix)
     read = checkpoints(config) | {"reward.iqa.weights_dir": config.reward.iqa.weights_dir or ""}

@@ -23,7 +23,7 @@ MOST = len(COLOURS)
 _SMOOTH_STEPS = 5
 _PICTURE_BYTES = 3_000_000
 _NAMES = {"total": "total reward", "psnr": "PSNR (dB)", "ssim": "SSIM"}
-_NOT_SHOWN = ("name", "overwrite", "resume", "output_dir")
+_NOT_SHOWN = ("name", "overwrite", "resume", "output_dir", "scratch_dir")
 
 
 def build_comparison(runs: Sequence[RunDirectory], output: Path) -> Path:

@@ -10,10 +10,15 @@ import time
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from rl_system.config.resume import changed_settings
 from rl_system.runs.files import write_atomic, write_json
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+    from rl_system.runs.store import StoredRun
 
 State = Literal["running", "done", "interrupted", "stopped", "failed"]
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -25,9 +30,15 @@ class RunStopped(Exception):
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """``runs/NAME/``; every file in it is valid at any moment."""
+    """``runs/NAME/``; every file in it is valid at any moment.
+
+    Attributes:
+        path: the folder.
+        home: where the run is kept, if ``path`` is a working copy (:mod:`rl_system.runs.mirror`).
+    """
 
     path: Path
+    home: StoredRun | None = None
 
     @classmethod
     def create(cls, root: Path | str, name: str, config_yaml: str, overwrite: bool = False) -> RunDirectory:
@@ -41,10 +52,7 @@ class RunDirectory:
         Raises:
             ValueError: ``name`` is no plain name, or there is such a run already.
         """
-        if not _NAME.fullmatch(name):
-            raise ValueError(
-                f"run name {name!r} must consist of letters, digits, '_', '-', '.', and start with none of -."
-            )
+        check_name(name)
         path = Path(root) / name
         if path.exists() and not overwrite:
             raise ValueError(f"{path} exists already: choose another run name, or overwrite=true to move it aside")
@@ -53,8 +61,7 @@ class RunDirectory:
             os.rename(path, _free_name(path))
         run = cls(path)
         path.mkdir()
-        for folder in (run.tensorboard, run.groups, run.checkpoints, run.logs):
-            folder.mkdir()
+        run.make_folders()
         write_atomic(run.config, config_yaml)
         run.set_status("running")
         return run
@@ -78,8 +85,7 @@ class RunDirectory:
         if not path.exists():
             return None
         run = cls.open(path)
-        if changed := changed_settings(run.config.read_text(), config_yaml):
-            raise ValueError(f"{path} cannot go on with other settings: {'; '.join(changed)}")
+        check_unchanged(run.place, run.config.read_text(), config_yaml)
         return run
 
     def lock(self) -> IO[str]:
@@ -95,6 +101,35 @@ class RunDirectory:
             claim.close()
             raise ValueError(f"{self.path} is being written to by another process: wait for it, or end it") from None
         return claim
+
+    @property
+    def place(self) -> str:
+        """What people call the run: its folder, or its URI."""
+        return str(self.path) if self.home is None else self.home.place
+
+    def named(self, name: str) -> str:
+        """The same of a file in it."""
+        return str(self.path / name) if self.home is None else self.home.named(name)
+
+    @property
+    def learner_storage(self) -> tuple[str, FileSystem | None]:
+        """Where the learner writes its checkpoints: a path, and its file system if that is not the nodes' own."""
+        if self.home is None:
+            return str(self.checkpoints), None
+        return f"{self.home.path}/{self.checkpoints.name}", self.home.files
+
+    def local_policy(self, exported: Path) -> Path:
+        """The policy that the learner has exported, on this machine."""
+        if self.home is None:
+            return exported
+        name = exported.relative_to(self.home.path).as_posix()
+        self.home.fetch_folder(name, self.path / name)
+        return self.path / name
+
+    def make_folders(self) -> None:
+        """The folders that every run has."""
+        for folder in (self.tensorboard, self.groups, self.checkpoints, self.logs):
+            folder.mkdir(exist_ok=True)
 
     @property
     def name(self) -> str:
@@ -183,6 +218,18 @@ class RunDirectory:
         path = self.path / "status.json"
         status: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         return status
+
+
+def check_name(name: str) -> None:
+    """ValueError if ``name`` is no plain name."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"run name {name!r} must consist of letters, digits, '_', '-', '.', and start with none of -.")
+
+
+def check_unchanged(place: str, before: str, now: str) -> None:
+    """ValueError if a run of the configuration ``before`` cannot go on with ``now``."""
+    if changed := changed_settings(before, now):
+        raise ValueError(f"{place} cannot go on with other settings: {'; '.join(changed)}")
 
 
 def _free_name(path: Path) -> Path:

@@ -109,7 +109,7 @@ class Progress:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def print_summary(summary: Mapping[str, Any], report_path: Path, console: Console | None = None) -> None:
+def print_summary(summary: Mapping[str, Any], report_path: Path | str, console: Console | None = None) -> None:
     """Print the table of a finished run and where its report lies."""
     low, high = summary["reward_gain_ci95"]
     table = Table(title=f"{summary['prompts']} held-out prompts, {summary['steps']} steps, {summary['wall_s']:.0f} s")

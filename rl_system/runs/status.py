@@ -56,9 +56,9 @@ def _headline(run: RunDirectory, state: str, status: dict[str, object], live: Li
     changed = float(str(status.get("changed_s", now)))
     if state != "running":
         reason = f": {status['reason']}" if status.get("reason") else ""
-        return Text(f"{run.path}: {state} {duration(now - changed)} ago{reason}", style="bold")
+        return Text(f"{run.place}: {state} {duration(now - changed)} ago{reason}", style="bold")
     said = max(live.time_s if live is not None else 0.0, changed)
-    text = Text(f"{run.path}: running for {duration(now - changed)}", style="bold")
+    text = Text(f"{run.place}: running for {duration(now - changed)}", style="bold")
     if now - said > SILENT_S:
         text.append(f"; has said nothing for {duration(now - said)}: it may have been killed", style="red")
     return text

@@ -67,6 +67,9 @@ class Counterpart:
     def reported(self, step: int) -> bool:
         return any(done == step for done, _ in self.reports)
 
+    def checkpointing(self, step: int) -> None:
+        assert self.reported(step) and step not in self.checkpoints[-1:]
+
     def checkpointed(self, step: int) -> None:
         self.checkpoints.append(step)
 
@@ -104,6 +107,9 @@ class Remote:
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
         ray.get(self.actor.report.remote(step, metrics))
+
+    def checkpointing(self, step: int) -> None:
+        ray.get(self.actor.checkpointing.remote(step))
 
     def checkpointed(self, step: int) -> None:
         ray.get(self.actor.checkpointed.remote(step))

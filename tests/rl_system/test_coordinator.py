@@ -11,7 +11,7 @@ import pytest
 
 from reward_servers.policies import FailFast, FailurePolicy, MinViableGroup, RetryThenDrop, RewardFailure
 from rl_system.coordination.coordinator import Coordinator, Observer, Plan, StalledError
-from rl_system.coordination.experience_queue import Checkpointed, StepReport
+from rl_system.coordination.experience_queue import Checkpointed, Checkpointing, StepReport
 from rl_system.coordination.ledger import GroupState
 from tests.rl_system.runs.synthetic import scored_group
 from vlcot.groups import Failed, Scored
@@ -60,12 +60,18 @@ class Queue:
         self.put_batch = SimpleNamespace(remote=self._put)
         self.next_report = SimpleNamespace(remote=self.reports.get)
         self.close = SimpleNamespace(remote=self._close)
+        self.let = []
+        self.secured = SimpleNamespace(remote=self._secured)
 
     async def _put(self, step, groups):
         self.batches.append(groups)
         self.reports.put_nowait(StepReport(step, {}))
 
-    async def _close(self):
+    async def _secured(self, step):
+        self.let.append(step)
+
+    async def _close(self, secured):
+        self.let.append(secured)
         self.closed = True
 
 
@@ -116,7 +122,9 @@ class Run:
         steps=2,
         stored=None,
         max_staleness=0,
+        unsafe: Exception | None = None,
     ) -> None:
+        self.unsafe, self.safe = unsafe, []
         self.queue, self.pool, self.scorer, self.store = Queue(), Pool(), scorer, Store(stored)
         self.groups, self.records = [], []
         nothing = lambda *_: None  # noqa: E731
@@ -127,10 +135,15 @@ class Run:
             scorer,
             self.queue,
             lambda: None,
-            Observer(nothing, self.groups.append, self.records.append, nothing, nothing),
+            Observer(nothing, self.groups.append, self.records.append, nothing, nothing, self._secure),
             self.store,
             done,
         )
+
+    async def _secure(self):
+        if self.unsafe is not None:
+            raise self.unsafe
+        self.safe.append(len(self.records))
 
     async def wait(self):
         await asyncio.wait_for(self.coordinator.run(), 20)
@@ -267,6 +280,40 @@ def test_a_checkpoint_ends_the_need_for_the_groups_up_to_its_step():
 
     done = asyncio.run(story())
     assert done.store.forgotten == [3, 5]  # group 1 was dropped; nobody waits for the checkpoint of the last step
+
+
+def asking(**options) -> Run:
+    """A run of two steps whose learner asks before a checkpoint of each."""
+    made = Run(FailFast(), Scorer(), **options)
+    put = made.queue._put
+
+    async def asks(step, groups):
+        await put(step, groups)
+        made.queue.reports.put_nowait(Checkpointing(step))
+
+    made.queue.put_batch = SimpleNamespace(remote=asks)
+    return made
+
+
+def test_a_checkpoint_is_allowed_once_the_records_of_its_step_are_safe():
+    async def story():
+        made = asking()
+        await made.wait()
+        return made
+
+    done = asyncio.run(story())
+    assert done.queue.let == [1, 2]  # the last one by the closing
+    assert done.safe[0] >= 1 and done.safe[-1] == 2
+
+
+def test_no_checkpoint_is_allowed_whose_records_cannot_be_stored():
+    async def story():
+        made = asking(unsafe=RuntimeError("the store does not answer"))
+        with pytest.raises(RuntimeError, match="the store does not answer"):
+            await made.wait()
+        return made
+
+    assert asyncio.run(story()).queue.let == [0]
 
 
 def test_a_stop_lets_the_learner_finish_its_step():

@@ -44,7 +44,9 @@ class SimulatedLearner:
         journal: list[BatchRecord],
         failed_rows: set[int],
         lives: dict[int, int],
+        secured: Callable[[], int],
     ) -> None:
+        self._secured = secured
         self._lives = lives
         self._schedule = schedule
         self._chance = chance
@@ -108,6 +110,9 @@ class SimulatedLearner:
         self.steps = done
 
     async def _checkpoint(self, step: int) -> int:
+        await self._queue.checkpointing.remote(step)
+        self.last_report = now()
+        assert self._secured() >= step, f"a checkpoint of step {step} is written before its rows are safe"
         await self._wait(self._schedule.pace.push)
         self.saved = step
         await self._queue.forget.remote(step)

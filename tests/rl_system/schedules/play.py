@@ -137,6 +137,8 @@ class Driver:
         self._must_use: set[int] = set()
         self._coordinator: Coordinator | None = None
         self.taken = 0
+        self._secured = 0
+        """Steps whose rows would survive the machine."""
         self.last_group = 0.0
         self.finished = False
         delay = partial(chance.uniform, 0, schedule.pace.call)
@@ -147,7 +149,15 @@ class Driver:
         self._servers = Servers(schedule, chance, disk.failed_rows)
         send = partial(push, actors=self._actors, store=self._store, schedule=schedule, chance=chance)
         self.learner = SimulatedLearner(
-            schedule, chance, self._queue, send, disk.trained, disk.journal, disk.failed_rows, disk.lives
+            schedule,
+            chance,
+            self._queue,
+            send,
+            disk.trained,
+            disk.journal,
+            disk.failed_rows,
+            disk.lives,
+            lambda: self._secured,
         )
         self._announce_deaths()
 
@@ -219,12 +229,24 @@ class Driver:
             self._scorer(),
             self._queue,
             lambda: self.learner.error,
-            Observer(lambda _: None, self._on_group, self._disk.journal.append, lambda *_: None, lambda *_: None),
+            Observer(
+                lambda _: None,
+                self._on_group,
+                self._disk.journal.append,
+                lambda *_: None,
+                lambda *_: None,
+                self._secure,
+            ),
             self._store,
             done,
         )
         self.last_group = now()
         await self._coordinator.run()
+
+    async def _secure(self) -> None:
+        heard = len(self._disk.journal)
+        await asyncio.sleep(self._chance.uniform(0, self._schedule.pace.push))
+        self._secured = heard
 
     def _open_store(self, admitted: int, step: int) -> ReadyGroups:
         unreadable = {order for order in self._disk.damaged if order >= admitted}
