@@ -93,7 +93,6 @@ def test_a_wrong_setting_is_refused_with_one_clear_message(capsys, tmp_path, ove
 
 
 @pytest.mark.unit
-@pytest.mark.unit
 @pytest.mark.parametrize(("reward", "block"), [("degradation", "degradation"), ("understanding", "rough_understand")])
 def test_a_reward_on_a_block_that_the_policy_does_not_write_is_refused(capsys, tmp_path, reward, block):
     policy = tmp_path / "policy"
@@ -104,6 +103,7 @@ def test_a_reward_on_a_block_that_the_policy_does_not_write_is_refused(capsys, t
     assert f"reward.weights.{reward} must be 0: the policy" in refused(capsys, tmp_path, f"policy.path={policy}")
 
 
+@pytest.mark.unit
 def test_a_missing_folder_and_an_unreadable_image_are_refused_by_name(capsys, tmp_path):
     assert "no such folder" in refused(capsys, tmp_path, "data=folder", f"data.path={tmp_path}/none")
     folder = tmp_path / "photos"

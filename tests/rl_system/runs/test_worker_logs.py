@@ -41,10 +41,10 @@ def test_a_worker_logs_json_with_the_run_and_what_the_call_gives(root):
     handler.setStream(written := io.StringIO())
     logging.getLogger("actors.rollout_actor").info("generated %d", 3, extra={"group_id": "g-1"})
     logging.getLogger("learners.loop").info("trained", extra={"step": 7})
-    logging.getLogger("transformers").info("of no interest")
-    logging.getLogger("transformers").warning("of some")
+    logging.getLogger("another.library").info("of no interest")
+    logging.getLogger("another.library").warning("of some")
     first, second, third = [json.loads(line) for line in written.getvalue().splitlines()]
     wanted = {"run": "mine", "message": "generated 3", "group_id": "g-1", "name": "actors.rollout_actor"}
     assert first.items() >= (wanted | {"levelname": "INFO"}).items()
     assert (second["run"], second["step"]) == ("mine", 7) and "group_id" not in second
-    assert (third["run"], third["name"], third["levelname"]) == ("mine", "transformers", "WARNING")
+    assert (third["run"], third["name"], third["levelname"]) == ("mine", "another.library", "WARNING")
