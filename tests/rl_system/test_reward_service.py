@@ -48,7 +48,8 @@ def service(overlay: str, tmp_path: Path) -> RayClusterSpec:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_configuration_of_the_service_is_what_serve_rewards_prints(overlay, tmp_path, capsys):
+def test_the_configuration_of_the_service_is_what_serve_rewards_prints(overlay, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)  # which tests before this one may have set
     configured = service(overlay, tmp_path).manifest.doc["spec"]["serveConfigV2"]
     (overrides,) = {app["args"]["overrides"] for app in yaml.safe_load(configured)["applications"]}
     assert main(["serve-rewards", "config", *shlex.split(overrides), "--host", "0.0.0.0"]) == 0
