@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from tests.processes import alive
+from tests.processes import alive, free_ports
 
 BIN = Path(sys.executable).parent
 
@@ -79,15 +79,6 @@ class HeadNode:
         except (urllib.error.URLError, ConnectionError):
             return 0
         return sum(node["raylet"].get("state") == "ALIVE" for node in found)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nobody listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def wait_for(

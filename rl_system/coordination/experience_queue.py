@@ -38,38 +38,44 @@ class Checkpointed:
 Event: TypeAlias = LearnerStart | StepReport | Checkpointing | Checkpointed
 
 
-class Gate:
-    """Opens step by step, for what waits in an asyncio actor."""
+class Mailbox:
+    """What the learner says to the driver, read in order, and the one answer that it waits for. Of an asyncio actor."""
 
     def __init__(self) -> None:
-        self._step = 0
-        self._changed = asyncio.Condition()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._secured_step = 0
+        self._answered = asyncio.Condition()
 
-    def open(self, step: int) -> bool:
-        """Whether ``step`` may pass."""
-        return step <= self._step
+    async def report(self, event: Event) -> None:
+        """Hand an event to the driver."""
+        await self._events.put(event)
 
-    async def wait(self, step: int) -> None:
-        """Until ``step`` may pass."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self.open(step))
+    async def next_report(self) -> Event:
+        """The oldest event not yet read."""
+        return await self._events.get()
 
-    async def let(self, step: int) -> None:
-        """Let everything up to ``step`` pass."""
-        async with self._changed:
-            self._step = max(self._step, step)
-            self._changed.notify_all()
+    async def checkpointing(self, step: int) -> None:
+        """Return once the driver has stored all that a checkpoint of ``step`` counts on."""
+        if step > self._secured_step:
+            await self.report(Checkpointing(step))
+        async with self._answered:
+            await self._answered.wait_for(lambda: step <= self._secured_step)
+
+    async def secured(self, step: int) -> None:
+        """Checkpoints up to ``step`` may be written."""
+        async with self._answered:
+            self._secured_step = max(self._secured_step, step)
+            self._answered.notify_all()
 
 
-class ExperienceQueue:
+class ExperienceQueue(Mailbox):
     """An asyncio Ray actor. A batch is kept until a checkpoint contains its step: a restarted learner asks again."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._batches: dict[int, list[ScoredGroup]] = {}
         self._closed = False
         self._changed = asyncio.Condition()
-        self._progress: asyncio.Queue[Event] = asyncio.Queue()
-        self._secured = Gate()
 
     async def put_batch(self, step: int, groups: list[ScoredGroup]) -> None:
         """Offer the batch of ``step``.
@@ -88,7 +94,7 @@ class ExperienceQueue:
         async with self._changed:
             self._closed = True
             self._changed.notify_all()
-        await self._secured.let(secured)
+        await self.secured(secured)
 
     async def next_batch(self, step: int) -> list[ScoredGroup] | None:
         """The batch of ``step``, the same for every rank; None when the run is over."""
@@ -96,28 +102,10 @@ class ExperienceQueue:
             await self._changed.wait_for(lambda: step in self._batches or self._closed)
             return self._batches.get(step)
 
-    async def checkpointing(self, step: int) -> None:
-        """Return once the driver has stored all that a checkpoint of ``step`` counts on."""
-        if not self._secured.open(step):
-            await self.report(Checkpointing(step))
-        await self._secured.wait(step)
-
-    async def secured(self, step: int) -> None:
-        """Checkpoints up to ``step`` may be written."""
-        await self._secured.let(step)
-
     async def forget(self, step: int) -> None:
         """Drop the batches up to ``step``: a checkpoint contains it."""
         self._batches = {s: batch for s, batch in self._batches.items() if s > step}
         await self.report(Checkpointed(step))
-
-    async def report(self, event: Event) -> None:
-        """Hand an event to the coordinator."""
-        await self._progress.put(event)
-
-    async def next_report(self) -> Event:
-        """The oldest event not yet read."""
-        return await self._progress.get()
 
 
 class QueueSource:

@@ -20,7 +20,8 @@ from reward_servers.http_guard import TOKEN_VARIABLE
 from rl_system.commands.main import main
 from rl_system.config.compose import CONFIG_DIR
 from rl_system.k8s.manifests import RayClusterSpec, clusters, render
-from tests.ray_nodes import HeadNode, free_ports, head_node, wait_for
+from tests.processes import free_ports
+from tests.ray_nodes import HeadNode, head_node, wait_for
 
 pytestmark = [
     pytest.mark.engine,

@@ -24,6 +24,7 @@ from rl_system import assembly
 from rl_system.config.compose import CONFIG_DIR, load_config
 from rl_system.data.prepared import PreparedData
 from rl_system.serve_config import ServeCluster
+from tests.processes import free_ports
 from tests.rl_system.data.test_prepare_data import overrides, prepare
 from toy.detection_examples import scene_examples
 from toy.export_photographs import export
@@ -34,14 +35,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 TOKEN = "a-token-of-the-tests-0123456789"
 OVERRIDES = ["experiment=toy", "reward=perceptual_offline"]
 COMMAND = [sys.executable, "-m", "rl_system", "serve-rewards"]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
