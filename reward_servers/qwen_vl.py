@@ -200,8 +200,8 @@ class VisualExpert:
         return await self._usable(retries, ask, lambda reply, _: tag_chat.parse_answer(reply.text, prompt.max_names))
 
     async def ready(self) -> dict[str, Any]:
-        """Model, process id, and versions of the engine as imported here."""
-        return await self._engine.ready()
+        """Model, process id, versions of the engine as imported here, and ``max_images`` of a group."""
+        return await self._engine.ready() | {"max_images": self._config.max_images}
 
     async def check_health(self) -> None:
         """Raises RewardServerError if the engine cannot answer any more."""

@@ -140,7 +140,7 @@ def _plan(options: argparse.Namespace) -> _Plan:
     best = None
     if options.best:
         threads = _threads(checkpoint.policy)
-        best = experts.expert(options.best, options.weights, options.reward_url, device, threads)
+        best = experts.expert(options.best, options.samples, options.weights, options.reward_url, device, threads)
     wanted = Wanted(_drawing(options, writer), best, options.save_steps, options.compare, options.skip_existing)
     start = _sampler(options, checkpoint, device, writer.length)
     jobs[0].folder.mkdir(parents=True, exist_ok=True)

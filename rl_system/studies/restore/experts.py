@@ -33,22 +33,24 @@ class ExpertFailed(RuntimeError):
     """The expert has no score for this picture."""
 
 
-def expert(name: str, weights: Path | None, url: str | None, device: str, threads: int) -> Score:
+def expert(name: str, samples: int, weights: Path | None, url: str | None, device: str, threads: int) -> Score:
     """The expert of this name in :data:`EXPERTS`.
 
     Args:
+        samples: of each picture, among which it is to choose.
         weights: folder of the metrics' weights.
         url: of the reward servers, for ``qwen_vl``.
 
     Raises:
-        ValueError: an unknown name, weights that are missing or do not fit, or a server that is not there.
+        ValueError: an unknown name, weights that are missing or do not fit, or a server that is not there or does not
+            compare so many.
     """
     if name == "agreement":
         return lambda results, source, chains: [agreement(result, source) for result in results]
     if name == "likelihood":
         return lambda results, source, chains: [likelihood(of) for of in chains]
     if name == QWEN_VL:
-        return _visual_expert(url)
+        return _visual_expert(url, samples)
     if name not in METRIC_NAMES:
         raise ValueError(f"--best {name}: there are {', '.join(EXPERTS)}")
     try:
@@ -67,7 +69,7 @@ def expert(name: str, weights: Path | None, url: str | None, device: str, thread
     return score
 
 
-def _visual_expert(url: str | None) -> Score:
+def _visual_expert(url: str | None, samples: int) -> Score:
     """Qwen2.5-VL sees all results of a picture beside its input, and scores them as in training."""
     if not url:
         raise ValueError(
@@ -75,9 +77,13 @@ def _visual_expert(url: str | None) -> Score:
         )
     server, token = url, token_of_environment()
     try:
-        asyncio.run(asyncio.wait_for(_ready(HttpTransport(server, token)), READY_S))
+        most = asyncio.run(asyncio.wait_for(_most_images(HttpTransport(server, token)), READY_S))
     except (RewardServerError, ValueError, TimeoutError) as error:
         raise ValueError(f"--best {QWEN_VL}: {error or f'{server} gave no answer in {READY_S:g} s'}") from error
+    if samples > most:
+        raise ValueError(
+            f"--best {QWEN_VL}: {server} compares at most {most} images (max_images), --samples is {samples}"
+        )
 
     def score(results: Sequence[np.ndarray], source: np.ndarray, chains: Sequence[Sequence[Sample]]) -> list[float]:
         answer = asyncio.run(_judge(HttpTransport(server, token), source, results))
@@ -88,9 +94,9 @@ def _visual_expert(url: str | None) -> Score:
     return score
 
 
-async def _ready(transport: HttpTransport) -> None:
+async def _most_images(transport: HttpTransport) -> int:
     try:
-        await transport.call(QWEN_VL, "ready", {})
+        return int((await transport.call(QWEN_VL, "ready", {}))["max_images"])
     finally:
         await transport.close()
 

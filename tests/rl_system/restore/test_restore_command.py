@@ -121,7 +121,7 @@ def test_metrics_choose_by_their_own_direction(monkeypatch):
     monkeypatch.setattr(experts, "Iqa", FakeIqa)
     dark, bright = (np.full((4, 4, 3), value, np.uint8) for value in (10, 200))
     for name, best in (("MUSIQ", bright), ("NIQE", dark)):
-        score = experts.expert(name, None, None, "cpu", 1)
+        score = experts.expert(name, 2, None, None, "cpu", 1)
         scores = score([dark, bright], dark, [])
         assert len(scores) == 2 and (dark, bright)[int(np.argmax(scores))] is best
 
@@ -145,7 +145,7 @@ def test_the_visual_expert_chooses_among_all_results_at_once(photo, tmp_path, ca
         async def call(self, server, method, arguments):
             asked.append(f"{server}/{method}")
             if method == "ready":
-                return {}
+                return {"max_images": 2}
             if len(arguments["images"]) > 2:
                 raise ValueError("a group must have 1 to 2 images")
             return [Judgement(5.0, 5.0, 10 - image.mean() / 25.5) for image in arguments["images"]]
@@ -154,12 +154,14 @@ def test_the_visual_expert_chooses_among_all_results_at_once(photo, tmp_path, ca
             closed.append(self)
 
     monkeypatch.setattr(experts, "HttpTransport", Transport)
-    score = experts.expert("qwen_vl", None, "http://here", "cpu", 1)
+    score = experts.expert("qwen_vl", 2, None, "http://here", "cpu", 1)
+    with pytest.raises(ValueError, match=r"--best qwen_vl: http://here compares at most 2 images .*--samples is 3"):
+        experts.expert("qwen_vl", 3, None, "http://here", "cpu", 1)
     dark, bright = (np.full((4, 4, 3), value, np.uint8) for value in (51, 204))
     assert score([bright, dark], bright[:2, :2], []) == pytest.approx([0.7 * 0.5 + 0.3 * 0.2, 0.7 * 0.5 + 0.3 * 0.8])
     with pytest.raises(experts.ExpertFailed, match="1 to 2 images"):
         score([dark] * 3, dark, [])
-    assert asked == ["qwen_vl/ready", "qwen_vl/judge", "qwen_vl/judge"] and len(closed) == 3
+    assert asked == ["qwen_vl/ready"] * 2 + ["qwen_vl/judge"] * 2 and len(closed) == 4
 
 
 @pytest.mark.unit
