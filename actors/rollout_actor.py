@@ -1,9 +1,10 @@
 """The rollout actor: a vLLM engine that writes groups of chains and takes new weights in flight.
 
-Weights and caches. A push pauses generation, loads, and resumes; running requests go on with the key/value
-blocks that the old weights wrote, and their version spans say which weights sampled which ids. A new request
-never meets old blocks: each request has its own cache salt, so blocks are shared by the G samples of one
-request and by nothing else (prompts of different images share only a few ids anyway).
+Weights and caches. A push pauses generation, loads, and resumes. Running requests go on with the key/value
+blocks that the old weights wrote, and their version spans say which weights sampled which ids; or, where
+``spec.on_push`` is ``restart``, they begin again. A new request never meets old blocks: blocks are shared by the
+samples of one group that the same weights begin, and by nothing else (prompts of different images share only a few
+ids anyway).
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ from actors.decoding import Decoding
 from actors.errors import EngineLostError, PushLostError, StaleWeightsError
 from actors.push import IncomingPush, LoadReport, StoredPush
 from actors.push_group import PushGroup, Seat, receive_all
-from actors.samples import RawSample, build_samples, request_seed
+from actors.samples import build_samples
+from actors.sampling import Sampled, sample_group
 from actors.spec import RolloutSpec
 from actors.vllm_plugin import GRAMMAR_PROCESSOR, WEIGHT_TRANSFER_BACKEND
-from vlcot.groups import Group, Prompt, VersionSpan
+from vlcot.groups import Group, Prompt
 from vlcot.policy.family import Family
 from vlcot.weights import Bucket
 
 LOG = logging.getLogger(__name__)
+PAUSE_MODES = {"continue": "keep", "restart": "abort"}
+"""vLLM's name of what :attr:`actors.spec.RolloutSpec.on_push` asks for."""
 KV_BLOCK = 32
 """Ids per key/value block: vLLM's CPU attention wants multiples of 32; small, so that short prompts are shared."""
 
@@ -84,7 +88,9 @@ class RolloutActor:
         self._broken = ""
         self._requests = 0
         self._clock = _BusyClock()
-        self._totals = {"tokens": 0, "groups": 0, "cached_prompt_tokens": 0, "paused_s": 0.0, "pushes": 0}
+        self._totals = dict.fromkeys(
+            ("tokens", "groups", "discarded_tokens", "cached_prompt_tokens", "pushes", "paused_s"), 0.0
+        )
 
     # --- life -------------------------------------------------------------------------------------------
 
@@ -102,7 +108,7 @@ class RolloutActor:
         import torch
         import vllm
 
-        await self._prepare()
+        version = await self._served()
         return {
             "actor": self.name,
             "vllm": vllm.__version__,
@@ -110,14 +116,16 @@ class RolloutActor:
             "ray": ray.__version__,
             "pid": os.getpid(),
             "seed": self._engine_seed,
-            "weight_version": self._version,
+            "weight_version": version,
         }
 
-    async def _prepare(self) -> None:
+    async def _served(self) -> int:
+        """The version of the weights, once none are being loaded and vLLM knows which these are."""
         async with self._loading:
             if not self._prepared:
                 await self._engine.update_weight_version(str(self._version))
                 self._prepared = True
+            return self._version
 
     def shutdown(self) -> None:
         """End the engine and its processes."""
@@ -129,14 +137,15 @@ class RolloutActor:
         del self._engine  # its finaliser fails once the interpreter is closing
 
     async def statistics(self) -> dict[str, float]:
-        """Totals since the start: ``tokens`` sampled, ``groups``, ``cached_prompt_tokens``, ``busy_s`` (at least
-        one request was open), ``paused_s`` (of it paused for weights), ``pushes``; and ``weight_version``."""
+        """Totals since the start: ``tokens`` of the ``groups`` made, ``discarded_tokens`` of chains that a push made
+        begin again, ``cached_prompt_tokens``, ``busy_s`` (at least one request was open), ``paused_s`` (of it paused
+        for weights), ``pushes``; and ``weight_version``."""
         return {**self._totals, "busy_s": self._clock.seconds(), "weight_version": self._version}
 
     # --- generation -------------------------------------------------------------------------------------
 
     async def generate(self, prompt: Prompt, minimum_version: int = 0, decoding: Decoding | None = None) -> Group:
-        """Sample the G chains of ``prompt``: one vLLM request, reproducible from prompt, seed and weights.
+        """Sample the G chains of ``prompt``, reproducible from prompt, seed and weights.
 
         Args:
             minimum_version: weights older than this must not be used.
@@ -155,9 +164,8 @@ class RolloutActor:
             raise ValueError("guidance needs pairs of rows in lock-step, which vLLM has not: use the reference sampler")
         if self._broken:
             raise EngineLostError(f"{self.name}: {self._broken}")
-        await self._prepare()
-        if self._version < minimum_version:
-            raise StaleWeightsError(f"{self.name} has weights {self._version}, {minimum_version} is asked for")
+        if (version := await self._served()) < minimum_version:
+            raise StaleWeightsError(f"{self.name} has weights {version}, {minimum_version} is asked for")
         room = self._engine.model_config.max_model_len - len(prompt.ids)
         if room < self._spec.max_new_tokens:
             raise ValueError(
@@ -167,44 +175,21 @@ class RolloutActor:
         started = time.perf_counter()
         with self._clock:
             try:
-                output = await self._run(prompt, decoding)
+                sampled = await self._sample(prompt, decoding)
             except EngineDeadError as error:
                 raise self._lost("the vLLM engine died") from error
-        raw = [_raw_sample(completion) for completion in output.outputs]
-        samples = await asyncio.to_thread(build_samples, self._builder, self._decoder, raw)
+        samples = await asyncio.to_thread(build_samples, self._builder, self._decoder, sampled.samples)
         self._totals["tokens"] += sum(len(sample.ids) for sample in samples)
         self._totals["groups"] += 1
-        self._totals["cached_prompt_tokens"] += output.num_cached_tokens or 0
+        self._totals["cached_prompt_tokens"] += sampled.cached_prompt_tokens
+        self._totals["discarded_tokens"] += sampled.discarded_tokens
         LOG.info("%s: generated %d samples", self.name, len(samples), extra={"group_id": prompt.group_id})
-        return Group(prompt, samples, time.perf_counter() - started, self.name)
+        return Group(prompt, samples, time.perf_counter() - started, self.name, sampled.discarded_tokens)
 
-    async def _run(self, prompt: Prompt, decoding: Decoding) -> Any:
-        from vllm import SamplingParams
-        from vllm.inputs.engine import tokens_input
-        from vllm.sampling_params import RequestOutputKind
-
-        params = SamplingParams(
-            n=self._spec.group_size,
-            temperature=decoding.temperature,
-            extra_args=decoding.extra_args(),
-            max_tokens=self._spec.max_new_tokens,
-            seed=request_seed(self._spec.seed, prompt.seed),
-            stop_token_ids=[self._family.vocabulary.turn_end],
-            ignore_eos=True,  # a chain ends with the turn; </s> is in no support
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+    async def _sample(self, prompt: Prompt, decoding: Decoding) -> Sampled:
         self._requests += 1
-        request_id = f"{prompt.group_id}-{self._requests}"
-        tokens = tokens_input(prompt.ids.tolist(), cache_salt=request_id)
-        last = None
-        async for output in self._engine.generate(tokens, params, request_id=request_id):
-            last = output
-        if last is None:
-            raise EngineLostError(f"{self.name}: vLLM ended request {request_id} without an answer")
-        return last
+        name, turn_end = f"{prompt.group_id}-{self._requests}", self._family.vocabulary.turn_end
+        return await sample_group(self._engine, self._spec, prompt, decoding, turn_end, name, self._served)
 
     def _lost(self, reason: str) -> EngineLostError:
         self._broken = reason
@@ -287,7 +272,8 @@ class RolloutActor:
 
         started = time.perf_counter()
         try:
-            await self._engine.pause_generation(mode="keep", clear_cache=False)
+            # pause_generation() would add 20 ms of sleep, for outputs of ended requests that nothing here waits for.
+            await self._engine.engine_core.pause_scheduler_async(PAUSE_MODES[self._spec.on_push], clear_cache=False)
             paused = time.perf_counter()
             await self._engine.start_weight_update()
             await self._engine.update_weights(WeightTransferUpdateRequest(push.update_info()))
@@ -342,11 +328,6 @@ class _BusyClock:
     def seconds(self) -> float:
         """Total so far, an open block included."""
         return self._total + (time.perf_counter() - self._since if self._open else 0.0)
-
-
-def _raw_sample(completion: Any) -> RawSample:
-    spans = tuple(VersionSpan(int(s.version), s.start, s.end) for s in completion.weight_versions or ())
-    return RawSample(list(completion.token_ids), completion.logprobs.logprobs, spans, completion.finish_reason)
 
 
 def _start_engine(spec: RolloutSpec, seed: int) -> Any:

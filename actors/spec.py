@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DTYPES = ("float32", "bfloat16", "float16")
+ON_PUSH = ("continue", "restart")
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class RolloutSpec:
         max_num_seqs: sequences that one actor samples at the same time.
         kv_cache_gib: GiB of key/value cache; None takes ``gpu_memory_utilization`` of the device instead.
         dtype: of the weights and activations in vLLM.
+        on_push: what new weights do to a chain that is being sampled: ``continue`` (it goes on with them, behind ids
+            and key/value blocks of the old ones) or ``restart`` (it begins again; what it had is thrown away).
         seed: of the run; an actor's engine has ``seed`` + its index.
         threads: CPU threads of the engine and of image decoding.
         tensor_parallel_size: devices per actor.
@@ -36,6 +39,7 @@ class RolloutSpec:
     max_num_seqs: int = 32
     kv_cache_gib: float | None = 1.0
     dtype: str = "float32"
+    on_push: str = "continue"
     seed: int = 0
     threads: int = 1
     tensor_parallel_size: int = 1
@@ -53,6 +57,8 @@ class RolloutSpec:
             raise ValueError(f"rollout.kv_cache_gib must be positive or null, got {self.kv_cache_gib}")
         if self.dtype not in DTYPES:
             raise ValueError(f"rollout.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.on_push not in ON_PUSH:
+            raise ValueError(f"rollout.on_push must be one of {', '.join(ON_PUSH)}, got {self.on_push!r}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"rollout.gpu_memory_utilization must lie in (0, 1], got {self.gpu_memory_utilization}")
         if self.seed < 0:

@@ -55,6 +55,7 @@ def rollout_spec(config: TrainConfig) -> RolloutSpec:
         max_num_seqs=rollout.max_num_seqs,
         kv_cache_gib=None if rollout.num_gpus else rollout.kv_cache_gib,
         dtype=rollout.dtype,
+        on_push=rollout.on_push,
         seed=config.seed,
         threads=rollout.threads,
         tensor_parallel_size=rollout.tensor_parallel_size,

@@ -106,12 +106,19 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The G samples of one prompt. ``generation_s`` is the wall time of the rollout in seconds."""
+    """The G samples of one prompt.
+
+    Attributes:
+        generation_s: wall time of the rollout in seconds.
+        actor: name of the one that sampled it.
+        discarded_tokens: sampled by weights that were replaced in mid-chain, thrown away and sampled again.
+    """
 
     prompt: Prompt
     samples: tuple[Sample, ...]
     generation_s: float
     actor: str
+    discarded_tokens: int = 0
 
 
 @dataclass(frozen=True, eq=False)

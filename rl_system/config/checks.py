@@ -91,6 +91,7 @@ def _check_choices(config: TrainConfig) -> None:
         "grpo.advantage_std": (config.grpo.advantage_std, ("unbiased", "population", "none")),
         "rollout.dtype": (config.rollout.dtype, ("float32", "bfloat16")),
         "rollout.push_backend": (config.rollout.push_backend, ("object_store", "gloo", "nccl")),
+        "rollout.on_push": (config.rollout.on_push, ("continue", "restart")),
         "learner.dtype": (config.learner.dtype, ("float32", "bfloat16")),
         "reward.objects": (config.reward.objects, tuple(OBJECTS)),
         "reward.expert": (config.reward.expert, tuple(EXPERTS)),

@@ -55,6 +55,8 @@ class RolloutConfig:
     threads: int = 1
     push_backend: str = "object_store"
     """How new weights reach the actors: ``object_store`` (Ray's), or broadcast over ``nccl`` (GPUs) or ``gloo``."""
+    on_push: str = "continue"
+    """What a chain does that is being sampled when new weights come: ``continue`` with them, or ``restart``."""
     labels: dict[str, str] = field(default_factory=dict)
     """Ray labels of the nodes that may hold an actor, as ``{rl.io/pool: rollout}``; empty: any node."""
     start_timeout_s: float = 600

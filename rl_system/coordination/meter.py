@@ -22,7 +22,7 @@ class PipelineMeter:
         self._generations: list[Interval] = []
         self._rewards: list[Interval] = []
         self._failures: Counter[str] = Counter()
-        self._tokens = self._images = self._asked = 0
+        self._tokens = self._discarded = self._images = self._asked = 0
         self.max_staleness = 0.0
 
     def generation(self, start: float, end: float) -> None:
@@ -35,6 +35,7 @@ class PipelineMeter:
 
     def group(self, scored: ScoredGroup) -> None:
         """Count a scored group's tokens, images and failed rewards."""
+        self._discarded += scored.group.discarded_tokens
         for sample, scores in zip(scored.group.samples, scored.scores, strict=True):
             self._tokens += len(sample.ids)
             self._images += sum(image is not None for image in sample.images)
@@ -55,6 +56,7 @@ class PipelineMeter:
             "idle/learner": min(1.0, learner.get("time/wait_batch", 0.0) / wall),
             "reward_hidden": hidden_share(self._rewards, self._generations),
             "throughput/sampled_tokens_per_s": self._tokens / wall,
+            "throughput/discarded_tokens_per_s": self._discarded / wall,
             "throughput/images_per_s": self._images / wall,
         }
         metrics |= {f"failures/{name}": float(self._failures[name]) for name in component_names(self._failures)}
@@ -64,7 +66,7 @@ class PipelineMeter:
         self._generations = [i for i in self._generations if i[1] > now - 60]
         self._rewards.clear()
         self._failures.clear()
-        self._tokens = self._images = self._asked = 0
+        self._tokens = self._discarded = self._images = self._asked = 0
         return metrics
 
 

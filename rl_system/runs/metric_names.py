@@ -95,6 +95,7 @@ GRPO = (
     Metric("reward_hidden", "0..1", "share of the time for rewards in which generation went on"),
     Metric("throughput/tokens_per_s", "1/s", "trained tokens per second of training", "the step was skipped"),
     Metric("throughput/sampled_tokens_per_s", "1/s", "sampled tokens per second of the step"),
+    Metric("throughput/discarded_tokens_per_s", "1/s", "tokens of chains that a push made begin again, per second"),
     Metric("throughput/images_per_s", "1/s", "images per second of the step"),
     Metric("weights/version", "", "version that the actors serve: the step's number"),
     Metric("weights/bytes", "bytes", "of a push"),

@@ -347,6 +347,30 @@ def test_pitfall_25_interrupted_equals_uninterrupted_when_the_weights_are_equal(
     assert disparity(engine, disturbed) < TOLERANCE
 
 
+def test_chains_that_begin_again_at_a_push_are_those_of_the_new_weights(engine, tmp_path):
+    """``on_push=restart``: no chain has ids of two versions, and none reads key/value blocks of the old one."""
+    engine.set(group_size=12, on_push="restart")
+    prompt, old_version = engine.checkpoints.prompt(seed=14), engine.version
+    old = engine.run(engine.actor.generate(prompt))
+    discarded = engine.run(engine.actor.statistics())["discarded_tokens"]
+
+    async def both():
+        task = asyncio.create_task(engine.actor.generate(prompt))
+        await wait_until_sampling(engine.actor, tokens=30)
+        await engine.push(lively_policy(tmp_path / "other", seed=5))
+        return await task
+
+    disturbed = engine.run(both())
+    new = engine.run(engine.actor.generate(prompt))
+    versions = [[span.version for span in sample.versions] for sample in disturbed.samples]
+    assert [old_version] in versions and [engine.version] in versions  # some had ended before the push
+    for ours, before, after, version in zip(disturbed.samples, old.samples, new.samples, versions, strict=True):
+        whole = before if version == [old_version] else after
+        assert np.array_equal(ours.ids, whole.ids) and np.array_equal(ours.logprobs, whole.logprobs)
+    assert disturbed.discarded_tokens >= 30 and new.discarded_tokens == 0
+    assert engine.run(engine.actor.statistics())["discarded_tokens"] == discarded + disturbed.discarded_tokens
+
+
 def test_a_spoilt_bucket_is_refused_by_name_and_the_old_weights_serve_on(engine, tmp_path):
     name = "model.layers.1.self_attn.k_proj.weight"
     with pytest.raises(RuntimeError, match=name.replace(".", r"\.")):

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.unit
         ("temperature", float("nan")),
         ("kv_cache_gib", 0.0),
         ("dtype", "float8"),
+        ("on_push", "wait"),
         ("gpu_memory_utilization", 1.5),
         ("seed", -1),
     ],
