@@ -256,6 +256,7 @@ class TrainingRun:
             self._on_group,
             self._on_batch,
             self._on_step,
+            self._meter.generating,
             self._on_event,
             lambda: asyncio.to_thread(self._secure),
         )
@@ -312,7 +313,7 @@ class TrainingRun:
         if process == "rewards":
             self._meter.reward(start, end)
         else:
-            self._meter.generation(start, end)
+            self._meter.generation(name, start, end)
 
     def _on_step(self, step: int, learner: dict[str, float], groups: list[ScoredGroup]) -> None:
         now = time.time()

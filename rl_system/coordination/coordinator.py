@@ -40,6 +40,7 @@ class Observer:
         group: a group has its rewards.
         batch: the learner is about to get a batch; a run that resumes needs the records of all steps done.
         step: a step is trained and pushed: its number, the learner's metrics and the groups of its batch.
+        generating: a group was given to the rollout pool: its id.
         event: process, what it did, begin and end in epoch seconds.
         secure: ends once all that was heard so far is where a run that goes on finds it.
     """
@@ -48,6 +49,7 @@ class Observer:
     group: Callable[[ScoredGroup], None]
     batch: Callable[[BatchRecord], None]
     step: Callable[[int, dict[str, float], list[ScoredGroup]], None]
+    generating: Callable[[str], None]
     event: Callable[[str, str, float, float], None]
     secure: Callable[[], Awaitable[None]] = _stored_at_once
 
@@ -235,6 +237,7 @@ class Coordinator:
         """Take one group from admission to READY, or drop it with a reason."""
         objects = self._scorer.find_objects(prompt)
         self.ledger.move(order, GroupState.GENERATING, time.monotonic())
+        self._observer.generating(prompt.group_id)
         group = await self._pool.generate(prompt)
         generated = time.time()
         self._observer.event(f"rollout {group.actor}", prompt.group_id, generated - group.generation_s, generated)

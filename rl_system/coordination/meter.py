@@ -20,13 +20,19 @@ class PipelineMeter:
     def __init__(self) -> None:
         self._step_began = time.time()
         self._generations: list[Interval] = []
+        self._generating: dict[str, float] = {}
         self._rewards: list[Interval] = []
         self._failures: Counter[str] = Counter()
         self._tokens = self._discarded = self._images = self._asked = 0
         self.max_staleness = 0.0
 
-    def generation(self, start: float, end: float) -> None:
+    def generating(self, group_id: str) -> None:
+        """One group was given to the actors."""
+        self._generating[group_id] = time.time()
+
+    def generation(self, group_id: str, start: float, end: float) -> None:
         """One group was generated."""
+        self._generating.pop(group_id, None)
         self._generations.append((start, end))
 
     def reward(self, start: float, end: float) -> None:
@@ -46,15 +52,16 @@ class PipelineMeter:
         """Metrics of the step that has just been pushed, and a fresh start for the next."""
         now = time.time()
         wall = max(now - self._step_began, 1e-9)
+        generations = self._generations + [(start, now) for start in self._generating.values()]
         metrics = dict(learner)
         metrics |= reward_means(groups)
         metrics |= {
             "time/step": wall,
             "time/generate": float(np.mean([g.group.generation_s for g in groups])),
             "time/reward": float(np.mean([sum(g.reward_s.values()) for g in groups])),
-            "idle/actors": 1.0 - covered((self._step_began, now), self._generations) / wall,
+            "idle/actors": 1.0 - covered((self._step_began, now), generations) / wall,
             "idle/learner": min(1.0, learner.get("time/wait_batch", 0.0) / wall),
-            "reward_hidden": hidden_share(self._rewards, self._generations),
+            "reward_hidden": hidden_share(self._rewards, generations),
             "throughput/sampled_tokens_per_s": self._tokens / wall,
             "throughput/discarded_tokens_per_s": self._discarded / wall,
             "throughput/images_per_s": self._images / wall,

@@ -135,7 +135,7 @@ class Run:
             scorer,
             self.queue,
             lambda: None,
-            Observer(nothing, self.groups.append, self.records.append, nothing, nothing, self._secure),
+            Observer(nothing, self.groups.append, self.records.append, nothing, nothing, nothing, self._secure),
             self.store,
             done,
         )

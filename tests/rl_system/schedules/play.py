@@ -235,6 +235,7 @@ class Driver:
                 self._disk.journal.append,
                 lambda *_: None,
                 lambda *_: None,
+                lambda *_: None,
                 self._secure,
             ),
             self._store,
