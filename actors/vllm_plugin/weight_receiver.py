@@ -5,11 +5,14 @@ What is checked, and where:
 * *Received*: the actor compares the XXH3 of each tensor with the sender's as the buckets come
   (:class:`actors.push.IncomingPush`), while generation goes on. A push that arrived wrong is refused before the engine
   hears of it, and the old weights go on serving.
-* *Loaded*: after vLLM's own loading, the XXH3 of each parameter of the model, fused projections cut back
-  into their parts, is compared with what was received (cast to the model's dtype). Linear layers are read
-  at the moment before vLLM packs them for the CPU and drops the plain weight; so the packing itself is the
-  one step that no checksum covers (log-prob parity after a push does). With tensor parallelism a rank has
-  only shards, and this second check is left out.
+* *Loaded*: after the model's own loading, the XXH3 of each of its parameters, fused projections cut back
+  into their parts, is compared with what was received (cast to the model's dtype). Only then vLLM packs the
+  matrices for the CPU and drops the plain ones; so the packing itself is the one step that no checksum covers
+  (log-prob parity after a push does). With tensor parallelism a rank has only shards, and this second check is
+  left out.
+
+Parameters are loaded where they lie, as at the start. vLLM's layerwise reload, which is made for quantized weights too,
+does the same in 40 ms instead of 25 for the toy policy: it counts elements and loads each tensor a second time.
 """
 
 from __future__ import annotations
@@ -30,8 +33,10 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.model_loader.reload.meta import materialize_layer, restore_layer_on_meta
 
 from vlcot.weights import Bucket, TensorSpec, checksum, unpack
 
@@ -102,9 +107,7 @@ class FileWeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Put the tensors into the model."""
         self._directory = update_info.directory
         self._expected = dict(update_info.checksums)
-        self._loaded: dict[str, int] = {}
-        initialize_layerwise_reload(self.model)
-        self._watched = [_Watch(name, layer, self._loaded) for name, layer in _linear_layers(self.model)]
+        _restore_plain(self.model)
         model: Any = self.model
         model.load_weights(self._as_loaded(update_info.tensors()))
 
@@ -117,20 +120,17 @@ class FileWeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             yield name, tensor
 
     def finish_weight_update(self) -> None:
-        """Complete the loading, compare the model's parameters with what was received, write the report.
+        """Compare the model's parameters with what was received, pack them, write the report.
 
         Raises:
             ValueError: a parameter that is not what was received, or was not in the push, by name.
         """
-        finalize_layerwise_reload(self.model, self.model_config)
-        for watch in self._watched:
-            watch.release()
-        whole = get_tensor_model_parallel_world_size() == 1
-        if whole:
-            self._loaded.update(_plain_checksums(self.model, self.model_config.hf_config.vocab_size))
-            _compare(self._loaded, self._expected)
-        report = {"loaded": len(self._loaded) if whole else 0}
-        report_file(self._directory, get_tensor_model_parallel_rank()).write_text(json.dumps(report))
+        loaded: dict[str, int] = {}
+        if get_tensor_model_parallel_world_size() == 1:
+            loaded = _checksums(self.model, self.model_config.hf_config.vocab_size)
+            _compare(loaded, self._expected)
+        _pack(self.model)
+        report_file(self._directory, get_tensor_model_parallel_rank()).write_text(json.dumps({"loaded": len(loaded)}))
 
     def shutdown(self) -> None:
         """Nothing is held."""
@@ -146,46 +146,33 @@ def _compare(loaded: Mapping[str, int], expected: Mapping[str, int]) -> None:
             raise ValueError(f"tensor {name}: the checksum of the loaded parameter is not that of what arrived")
 
 
-def _linear_layers(model: nn.Module) -> Iterator[tuple[str, LinearBase]]:
-    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, LinearBase))
+def _restore_plain(model: nn.Module) -> None:
+    """Give the linear layers that vLLM has packed for the CPU a plain weight to load into."""
+    for layer in model.modules():
+        if isinstance(layer, LinearBase) and layer.weight.numel() == 0:
+            info = get_layerwise_info(layer)
+            del layer.cpu_linear  # the old weights, packed: they would lie beside the new ones
+            restore_layer_on_meta(layer, info)
+            materialize_layer(layer, info)
 
 
-def _plain_checksums(model: nn.Module, vocab_size: int) -> dict[str, int]:
-    """Checksums of the parameters outside of linear layers; padding rows of the vocabulary cut off."""
-    sums = {}
-    for layer_name, layer in model.named_modules():
-        if isinstance(layer, LinearBase):
-            continue
-        for name, param in layer.named_parameters(recurse=False):
-            rows = param[:vocab_size] if isinstance(layer, VocabParallelEmbedding) else param
-            sums[f"{layer_name}.{name}"] = checksum(rows)
-    return sums
+def _pack(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(method := getattr(layer, "quant_method", None), QuantizeMethodBase):
+            method.process_weights_after_loading(layer)
 
 
-class _Watch:
-    """Takes the checksums of a linear layer's parts just before vLLM packs the weight."""
-
-    def __init__(self, name: str, layer: LinearBase, into: dict[str, int]) -> None:
-        method: Any = layer.quant_method
-        pack = method.process_weights_after_loading
-
-        def watched(target: LinearBase) -> None:
-            into.update(_parts(name, target))
-            pack(target)
-
-        method.process_weights_after_loading = watched
-        self._method = method
-
-    def release(self) -> None:
-        """Give the layer its own method back."""
-        del self._method.process_weights_after_loading
-
-
-def _parts(name: str, layer: LinearBase) -> dict[str, int]:
-    parent, _, own = name.rpartition(".")
-    names = FUSED_PARTS.get(own, (own,))
+def _checksums(model: nn.Module, vocab_size: int) -> dict[str, int]:
+    """Of all parameters, by the names of the push; padding rows of the vocabulary cut off."""
     sums: dict[str, int] = {}
-    for param_name, param in layer.named_parameters(recurse=False):
-        pieces = param.split(layer.output_sizes) if len(names) > 1 else (param,)
-        sums |= {f"{parent}.{n}.{param_name}": checksum(piece) for n, piece in zip(names, pieces, strict=True)}
+    for layer_name, layer in model.named_modules():
+        parent, _, own = layer_name.rpartition(".")
+        parts = FUSED_PARTS.get(own)
+        for name, param in layer.named_parameters(recurse=False):
+            if parts:
+                pieces = param.split(layer.output_sizes)
+                sums |= {f"{parent}.{p}.{name}": checksum(x) for p, x in zip(parts, pieces, strict=True)}
+            else:
+                rows = param[:vocab_size] if isinstance(layer, VocabParallelEmbedding) else param
+                sums[f"{layer_name}.{name}"] = checksum(rows)
     return sums
