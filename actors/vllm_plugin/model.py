@@ -12,6 +12,8 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.utils import set_weight_attrs
 
+import actors.vllm_plugin.cpu_ops  # noqa: F401  # before a model is built
+
 QK_NORM_EPS = 1e-5  # vlcot.policy.model; importing that module would load the transformers model too
 
 
@@ -42,7 +44,7 @@ class HeadNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         heads = x.view(*x.shape[:-1], *self.weight.shape)
         normal = nn.functional.layer_norm(heads, (heads.shape[-1],), None, None, QK_NORM_EPS)
-        return (normal * self.weight + self.bias).view(x.shape)
+        return torch.addcmul(self.bias, normal, self.weight).view(x.shape)
 
 
 class VlcotAttention(LlamaAttention):
