@@ -2,9 +2,9 @@
 
 Weights and caches. A push pauses generation, loads, and resumes. Running requests go on with the key/value
 blocks that the old weights wrote, and their version spans say which weights sampled which ids; or, where
-``spec.on_push`` is ``restart``, they begin again. A new request never meets old blocks: blocks are shared by the
-samples of one group that the same weights begin, and by nothing else (prompts of different images share only a few
-ids anyway).
+``spec.on_push`` is ``restart``, they begin again and never meet old blocks. Blocks are shared by the samples of one
+group and by nothing else (prompts of different images share only a few ids anyway); without ``restart`` a sample that
+waited in vLLM's queue during a push reads the prompt's blocks as its siblings wrote them before.
 """
 
 from __future__ import annotations
@@ -120,8 +120,14 @@ class RolloutActor:
         }
 
     async def _served(self) -> int:
-        """The version of the weights, once none are being loaded and vLLM knows which these are."""
+        """The version of the weights, once none are being loaded and vLLM knows which these are.
+
+        Raises:
+            EngineLostError: the engine is dead, or a push broke its weights.
+        """
         async with self._loading:
+            if self._broken:
+                raise EngineLostError(f"{self.name}: {self._broken}")
             if not self._prepared:
                 await self._engine.update_weight_version(str(self._version))
                 self._prepared = True
@@ -162,8 +168,6 @@ class RolloutActor:
         decoding = decoding or Decoding(temperature=self._spec.temperature)
         if decoding.is_guided:
             raise ValueError("guidance needs pairs of rows in lock-step, which vLLM has not: use the reference sampler")
-        if self._broken:
-            raise EngineLostError(f"{self.name}: {self._broken}")
         if (version := await self._served()) < minimum_version:
             raise StaleWeightsError(f"{self.name} has weights {version}, {minimum_version} is asked for")
         room = self._engine.model_config.max_model_len - len(prompt.ids)

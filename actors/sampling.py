@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,22 +30,22 @@ async def sample_group(
     decoding: Decoding,
     turn_end: int,
     name: str,
-    served: Callable[[], Awaitable[int]],
+    served: Callable[[], Awaitable[object]],
 ) -> Sampled:
     """Sample the G chains of ``prompt``, one vLLM request each.
 
-    Where a push ends requests (``spec.on_push`` is ``restart``), each of those begins again with the same seed. Chains
-    share the prompt's key/value blocks with those of the group that the same weights sample, and with nothing else.
+    Where a push ends requests (``spec.on_push`` is ``restart``), each of those begins again with the same seed. The
+    chains of a group that begin together share the prompt's key/value blocks, with nothing else.
 
     Args:
         engine: ``vllm.v1.engine.async_llm.AsyncLLM``.
         turn_end: id that ends a chain.
         name: of the group's requests, not used before.
-        served: waits while weights are loaded; the version that is served then.
+        served: waits while weights are loaded.
 
     Raises:
         EngineDeadError: vLLM's engine died.
-        EngineLostError: a request ended without an answer.
+        EngineLostError: a request ended without a chain, or ``served`` raises it.
     """
     from vllm import SamplingParams
     from vllm.inputs.engine import tokens_input
@@ -69,22 +68,32 @@ async def sample_group(
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        attempts = itertools.count()
+        attempt = 0
         while True:
-            tokens = tokens_input(ids, cache_salt=f"{name}-{await served()}")
-            request_id, last = f"{name}-{index}-{next(attempts)}", None
+            await served()
+            # The attempt, not the version: a learner that was restarted may push the same number again.
+            tokens = tokens_input(ids, cache_salt=f"{name}-{attempt}")
+            request_id, last = f"{name}-{index}-{attempt}", None
             async for output in engine.generate(tokens, params, request_id=request_id):
                 last = output
             if last is None:
                 raise EngineLostError(f"vLLM ended request {request_id} without an answer")
             cached += last.num_cached_tokens or 0
             completion = last.outputs[0]
-            if completion.finish_reason != "abort":
+            if completion.finish_reason in ("stop", "length"):
                 return _raw_sample(completion)
+            if completion.finish_reason != "abort":
+                raise EngineLostError(f"vLLM ended request {request_id} with {completion.finish_reason!r}")
             discarded += len(completion.token_ids)
+            attempt += 1
 
-    samples = await asyncio.gather(*(chain(index) for index in range(spec.group_size)))
-    return Sampled(list(samples), cached, discarded)
+    chains = [asyncio.create_task(chain(index)) for index in range(spec.group_size)]
+    try:
+        samples = await asyncio.gather(*chains)
+    finally:
+        for task in chains:  # one that failed leaves the others behind
+            task.cancel()
+    return Sampled(samples, cached, discarded)
 
 
 def _raw_sample(completion: Any) -> RawSample:

@@ -44,7 +44,7 @@ class HeadNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         heads = x.view(*x.shape[:-1], *self.weight.shape)
         normal = nn.functional.layer_norm(heads, (heads.shape[-1],), None, None, QK_NORM_EPS)
-        return torch.addcmul(self.bias, normal, self.weight).view(x.shape)
+        return (normal * self.weight + self.bias).view(x.shape)
 
 
 class VlcotAttention(LlamaAttention):

@@ -90,7 +90,7 @@ GRPO = (
     Metric("time/push_pause", "s", "until generation stood still"),
     Metric("time/push_load", "s", "weights into the engine"),
     Metric("time/push_resume", "s", "until generation went on"),
-    Metric("idle/actors", "0..1", "share of the step in which no actor generated"),
+    Metric("idle/actors", "0..1", "share of the step in which no group was with the actors"),
     Metric("idle/learner", "0..1", "share of the step in which the learner waited for its batch"),
     Metric("reward_hidden", "0..1", "share of the time for rewards in which generation went on"),
     Metric("throughput/tokens_per_s", "1/s", "trained tokens per second of training", "the step was skipped"),

@@ -387,6 +387,15 @@ def test_weights_that_are_too_old_are_not_used(engine):
         engine.run(engine.actor.generate(engine.checkpoints.prompt(seed=1), minimum_version=engine.version + 1))
 
 
+def test_an_actor_whose_weights_a_push_broke_refuses_to_generate(engine):
+    from actors.errors import EngineLostError
+
+    engine.actor._broken = "loading weights 9 failed"
+    with pytest.raises(EngineLostError, match="loading weights 9 failed"):
+        engine.run(engine.actor.generate(engine.checkpoints.prompt(seed=1)))
+    engine.actor._broken = ""
+
+
 def test_a_push_unknown_to_the_actor_is_refused(engine):
     from actors.errors import PushLostError
 
