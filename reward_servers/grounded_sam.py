@@ -7,6 +7,7 @@ IDEA-Research/Grounded-Segment-Anything, ``automatic_label_ram_demo.py``.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 from reward_servers.checks import check_count, check_share
 from reward_servers.contract import DetectedObject, Detection, RewardServerError
@@ -35,6 +37,8 @@ DETECTORS = ("grounding-dino", "mm-grounding-dino")
 SEGMENTERS = ("sam", "sam2", "sam2_video")
 """Model types of ``config.json``. Published Sam2 checkpoints are of type sam2_video and hold the image model too."""
 
+MAX_TEXT_LEN = 256
+"""Ids of a prompt where ``config.json`` does not say (transformers' GroundingDinoConfig)."""
 LIVE = ("vocabulary", "box_threshold", "text_threshold", "nms_iou", "main")
 """Settings that :meth:`GroundedSam.reconfigure` changes."""
 
@@ -173,32 +177,40 @@ class Detector:
 
 def _prompts(checkpoint: str, tokenizer: Any, longest: int, names: tuple[str, ...]) -> list[_Prompt]:
     ids = {name: tokenizer(name, add_special_tokens=False).input_ids for name in names}
-    unknown = [name for name in names if tokenizer.unk_token_id in ids[name]]
-    if unknown:
-        raise ValueError(f"grounded_sam: the tokenizer of {checkpoint} does not know {', '.join(unknown)}")
     full_stop = tokenizer.convert_tokens_to_ids(".")
     prompts = []
-    for chunk in chunk_vocabulary(names, lambda name: len(ids[name]), longest):
+    for chunk in _chunks(checkpoint, ids, tokenizer.unk_token_id, longest):
         tokens = tokenizer(prompt_text(chunk), return_tensors="pt").input_ids
         prompts.append(_Prompt(chunk, tokens, phrase_spans(tokens[0].tolist(), full_stop)))
     return prompts
 
 
-def check_vocabulary(config: GroundedSamConfig) -> None:
-    """Refuse a vocabulary that a server could not start with, without loading its model.
+def _chunks(
+    checkpoint: str, ids: Mapping[str, Sequence[int]], unknown_id: int | None, longest: int
+) -> list[tuple[str, ...]]:
+    """The names, with their ids, as they share prompts of at most ``longest`` ids."""
+    if unknown := [name for name in ids if unknown_id in ids[name]]:
+        raise ValueError(f"grounded_sam: the tokenizer of {checkpoint} does not know {', '.join(unknown)}")
+    return chunk_vocabulary(tuple(ids), lambda name: len(ids[name]), longest)
 
-    A detector that is not in a folder of this machine is not asked what words it knows.
+
+def check_vocabulary(config: GroundedSamConfig) -> None:
+    """Refuse a vocabulary that a server could not start with, without its model and without transformers, whose import
+    takes seconds.
+
+    A detector that is not in a folder of this machine, with a ``tokenizer.json``, is not asked what words it knows.
 
     Raises:
         ValueError: names that are bad by themselves, or unknown to the detector's tokenizer, or too long for it.
     """
-    from transformers import AutoConfig, AutoTokenizer  # a processor would import torchvision
-
     names = load_vocabulary(config.vocabulary)
-    if Path(config.detector).is_dir():
-        tokenizer = _load(AutoTokenizer, config.detector, "detector")
-        longest = _load(AutoConfig, config.detector, "detector").max_text_len
-        _prompts(config.detector, tokenizer, longest, names)
+    folder = Path(config.detector)
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        ids = {name: tokenizer.encode(name, add_special_tokens=False).ids for name in names}
+        unknown_id = tokenizer.token_to_id(tokenizer.model.unk_token)
+        longest = json.loads((folder / "config.json").read_text()).get("max_text_len", MAX_TEXT_LEN)
+        _chunks(config.detector, ids, unknown_id, longest)
 
 
 class Segmenter:
