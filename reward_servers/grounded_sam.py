@@ -202,14 +202,18 @@ def check_vocabulary(config: GroundedSamConfig) -> None:
 
     Raises:
         ValueError: names that are bad by themselves, or unknown to the detector's tokenizer, or too long for it.
+        RewardServerError: the detector's files cannot be read.
     """
     names = load_vocabulary(config.vocabulary)
     folder = Path(config.detector)
     if (folder / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        try:
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            longest = json.loads((folder / "config.json").read_text()).get("max_text_len", MAX_TEXT_LEN)
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise RewardServerError(f"grounded_sam.detector: cannot load {config.detector!r}: {error}") from error
         ids = {name: tokenizer.encode(name, add_special_tokens=False).ids for name in names}
         unknown_id = tokenizer.token_to_id(tokenizer.model.unk_token)
-        longest = json.loads((folder / "config.json").read_text()).get("max_text_len", MAX_TEXT_LEN)
         _chunks(config.detector, ids, unknown_id, longest)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from vlcot.metrics import METRICS
 from vlcot.rewards import METRIC_EXPERTS
 
 pytestmark = pytest.mark.unit
+DETECTOR = Path("toy/weights/grounding_dino")
 
 SERVERS_OF = {
     "paper": ("grounded_sam", "qwen_vl"),
@@ -147,3 +149,12 @@ def test_the_format_reward_alone_starts_no_server() -> None:
 def test_a_choice_of_rewards_leaves_an_experiment_its_servers():
     config = compose_config(["experiment=realsr_r1_7b", "reward=objects_tagged"])
     assert (config.reward.objects, config.reward.qwen_vl.model) == ("tagged_grounded_sam", "models/qwen_vl")
+
+
+@pytest.mark.parametrize("broken", ["tokenizer.json", "config.json"])
+def test_a_detector_with_a_damaged_file_is_refused_with_one_clear_message(tmp_path, broken):
+    for name in ("tokenizer.json", "config.json"):
+        (tmp_path / name).write_text('{"model"' if name == broken else (DETECTOR / name).read_text())
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"grounded_sam\.detector: cannot load"):
+        load_config(["experiment=toy", f"reward.grounded_sam.detector={tmp_path}"])
